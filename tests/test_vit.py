@@ -1,0 +1,125 @@
+"""vit.py: against torchvision's ViT, and the properties that masked pre-training relies on."""
+import pytest
+import torch
+from torchvision.models import vision_transformer as tv
+
+from vit import ViT, drop_path, from_torchvision, interpolate_positions, patchify, take, unpatchify
+
+SMALL = dict(image_size=32, patch_size=8, dim=24, depth=3, heads=3)
+
+
+def torchvision_pair():
+    """Our ViT and torchvision's with the same random weights, positions and head included."""
+    torch.manual_seed(0)
+    theirs = tv.VisionTransformer(image_size=32, patch_size=8, num_layers=3, num_heads=3,
+                                  hidden_dim=24, mlp_dim=96, num_classes=5)
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    ours = ViT(**SMALL, classes=5)
+    ours.load_state_dict(from_torchvision(theirs.state_dict()))
+    return ours.eval(), theirs.eval()
+
+
+def test_logits_and_gradients_equal_torchvision():
+    ours, theirs = torchvision_pair()
+    images = torch.randn(4, 3, 32, 32)
+    ours_x, theirs_x = images.clone().requires_grad_(), images.clone().requires_grad_()
+    a, b = ours.classify(ours_x), theirs(theirs_x)
+    assert (a - b).abs().max() < 1e-5
+    a.square().sum().backward()
+    b.square().sum().backward()
+    gradients = from_torchvision({n: p.grad for n, p in theirs.named_parameters()})
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours_x.grad, theirs_x.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_vit_b_16_equals_torchvision_and_has_its_parameters():
+    torch.manual_seed(0)
+    theirs = tv.vit_b_16(weights=None).eval()
+    torch.nn.init.normal_(theirs.heads.head.weight, std=0.02)
+    ours = ViT(classes=1000).eval()
+    ours.load_state_dict(from_torchvision(theirs.state_dict()))
+    assert sum(p.numel() for p in ours.parameters()) == 86_567_656
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert (ours.classify(images) - theirs(images)).abs().max() < 1e-5
+
+
+def test_attention_is_the_formula():
+    """softmax(q k^T / sqrt(d/h)) v, head by head and token by token, as plain loops."""
+    torch.manual_seed(0)
+    layer = ViT(**SMALL).blocks[0].attn
+    x = torch.randn(1, 5, 24)
+    size = 24 // 3
+    rows = (x[0] @ layer.qkv.weight.T + layer.qkv.bias)          # (5, 72): q, k, v side by side
+    out = torch.zeros(5, 24)
+    for head in range(3):
+        q, k, v = (rows[:, part * 24 + head * size:][:, :size] for part in range(3))
+        for i in range(5):
+            scores = [(q[i] @ k[j]).item() / size ** 0.5 for j in range(5)]
+            weights = torch.tensor(scores).exp()
+            weights = weights / weights.sum()
+            out[i, head * size:(head + 1) * size] = sum(weights[j] * v[j] for j in range(5))
+    torch.testing.assert_close(layer(x)[0], layer.proj(out), rtol=1e-4, atol=1e-5)
+
+
+def test_patchify_order_and_round_trip():
+    images = torch.arange(2 * 3 * 8 * 8.0).reshape(2, 3, 8, 8)
+    patches = patchify(images, 4)
+    assert patches.shape == (2, 4, 48)
+    for n, (row, column) in enumerate([(0, 0), (0, 4), (4, 0), (4, 4)]):
+        assert patches[1, n].equal(images[1, :, row:row + 4, column:column + 4].flatten())
+    assert unpatchify(patches, 4).equal(images)
+
+
+def test_keep_all_patches_in_any_order_is_the_whole_image():
+    torch.manual_seed(0)
+    model, images = ViT(**SMALL).eval(), torch.randn(2, 3, 32, 32)
+    order = torch.stack([torch.randperm(16) for _ in range(2)])
+    whole, shuffled = model(images), model(images, order)
+    torch.testing.assert_close(shuffled[:, 0], whole[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(shuffled[:, 1:], take(whole[:, 1:], order), rtol=1e-4, atol=1e-5)
+
+
+def test_hidden_patches_do_not_matter():
+    torch.manual_seed(0)
+    model, images = ViT(**SMALL).eval(), torch.randn(1, 3, 32, 32)
+    keep = torch.tensor([[0, 3, 7, 12]])
+    before = model(images, keep)
+    patches = patchify(images, 8)
+    hidden = [n for n in range(16) if n not in keep[0].tolist()]
+    patches[:, hidden] += torch.randn(1, len(hidden), 192) * 100
+    assert model(unpatchify(patches, 8), keep).equal(before)
+    assert before.shape == (1, 5, 24)
+
+
+def test_positions_interpolate_to_another_grid():
+    positions = torch.randn(1, 1 + 16, 24)
+    assert interpolate_positions(positions, 4) is positions
+    larger = interpolate_positions(positions, 8)
+    assert larger.shape == (1, 65, 24) and larger[:, 0].equal(positions[:, 0])
+    constant = torch.full((1, 17, 24), 3.0)
+    torch.testing.assert_close(interpolate_positions(constant, 7), torch.full((1, 50, 24), 3.0))
+    assert ViT(**SMALL)(torch.randn(2, 3, 48, 48)).shape == (2, 37, 24)
+
+
+def test_drop_path_keeps_the_mean_and_is_off_in_evaluation():
+    torch.manual_seed(0)
+    x = torch.ones(20_000, 1, 1)
+    dropped = drop_path(x, 0.25, training=True)
+    assert set(dropped.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
+    assert abs(dropped.mean().item() - 1) < 0.02
+    assert drop_path(x, 0.25, training=False) is x
+    rates = [block.drop_path_rate for block in ViT(**SMALL, drop_path_rate=0.1).blocks]
+    assert rates == [0.0, 0.05, 0.1]
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: patchify(torch.zeros(1, 3, 30, 32), 8), "multiples of 8"),
+    (lambda: ViT(image_size=30, patch_size=8), "not a multiple of patch size 8"),
+    (lambda: ViT(dim=100, heads=3), "cannot be split among 3 heads"),
+    (lambda: from_torchvision({"a": torch.zeros(1)}), "no conv_proj.weight")])
+def test_errors_name_the_cause(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
