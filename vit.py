@@ -64,6 +64,22 @@ def interpolate_positions(positions, grid):
     return torch.cat([first, rest.flatten(2).transpose(1, 2)], dim=1)    # (1, 1+grid*grid, d)
 
 
+def wave_positions(dim, grid):
+    """Where learned positions start: 2-D sine and cosine waves (MAE's fixed ones), (1, 1+N, d).
+
+    A quarter of the width each for the sine and cosine of the column and of the row, with
+    wavelengths from 2 pi to 10,000 * 2 pi patches; the class token's position is 0.
+    """
+    if dim % 4:
+        raise ValueError(f"a width of {dim} is not a multiple of 4, as positions need")
+    frequency = 10_000.0 ** (-torch.arange(dim // 4) / (dim / 4))         # (d/4,)
+    angle = torch.arange(float(grid))[:, None] * frequency                # (grid, d/4)
+    row = angle[:, None].expand(-1, grid, -1)                             # (grid, grid, d/4)
+    column = angle[None].expand(grid, -1, -1)
+    waves = torch.cat([column.sin(), column.cos(), row.sin(), row.cos()], dim=-1)
+    return torch.cat([torch.zeros(1, dim), waves.reshape(-1, dim)])[None]   # (1, 1+N, d)
+
+
 def drop_path(x, rate, training):
     """Stochastic depth (Huang et al. 2016): drop a residual branch for whole samples, x (B, N, d).
 
@@ -140,7 +156,7 @@ class ViT(nn.Module):
         self.patch_size, self.dim, self.grid = patch_size, dim, image_size // patch_size
         self.patch_embed = nn.Linear(3 * patch_size ** 2, dim)
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.positions = nn.Parameter(torch.empty(1, 1 + self.grid ** 2, dim).normal_(std=0.02))
+        self.positions = nn.Parameter(wave_positions(dim, self.grid))     # (1, 1+N, d)
         rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)

@@ -1,0 +1,693 @@
+"""Faces and what the crowd said of them: the toy, FERPlus, RAF-DB, AffectNet-7 and AffectNet-8.
+
+Paper: Sec. 4.1 (data) and 4.2 (size, alignment). Every data set becomes the same thing, `Faces`:
+images as one uint8 array, and for each face the votes, the voted label and its name.
+
+    symbol  name       shape          meaning
+    n, K    len, classes              number of faces, number of expressions
+    x       images     (n, C, S, S)   uint8, C = 1 or 3 channels, S = stored side in pixels
+            votes      (n, K)         how many annotators chose each class; None where unknown
+    y       labels     (n,)           the voted label, 0 .. K-1
+            truth      (n,)           the class that was drawn; the toy alone knows it
+
+Images are read, aligned and shrunk once, into a memory map that is rebuilt when a source changes.
+
+Run:  python datasets.py --data toy                        (what is there, and a contact sheet)
+      python datasets.py --data ferplus --data-dir DIR
+"""
+import argparse
+import csv
+import hashlib
+import math
+import os
+import sys
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+
+class InputError(Exception):
+    """Something the user gave is wrong; the message says what, where and what to do."""
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+AFFECTNET = "neutral happiness sadness surprise fear disgust anger contempt".split()
+# data: class names in the official order; stored side in pixels, channels; official counts of each
+# split (FERPlus: rows of its csv; AffectNet: a class, its training counts differ by release);
+# mean and standard deviation of a channel, pixels in 0 .. 1.
+DATA = {
+    "toy": dict(classes=AFFECTNET[:7], side=96, channels=3,
+                counts=dict(train=2000, val=500, test=1000),
+                mean=IMAGENET_MEAN, std=IMAGENET_STD),
+    "ferplus": dict(classes="neutral happiness surprise sadness anger disgust fear contempt".split(),
+                    side=48, channels=1, counts=dict(train=28_709, val=3_589, test=3_589),
+                    mean=(0.508,) * 3, std=(0.255,) * 3),
+    "raf": dict(classes="surprise fear disgust happiness sadness anger neutral".split(),
+                side=224, channels=3, counts=dict(train=12_271, test=3_068),
+                mean=IMAGENET_MEAN, std=IMAGENET_STD),
+    "affectnet7": dict(classes=AFFECTNET[:7], side=224, channels=3, counts=dict(train=None, test=500),
+                       mean=IMAGENET_MEAN, std=IMAGENET_STD),
+    "affectnet8": dict(classes=AFFECTNET, side=224, channels=3, counts=dict(train=None, test=500),
+                       mean=IMAGENET_MEAN, std=IMAGENET_STD),
+}
+TREES = {
+    "ferplus": """
+  DIR/ or DIR/data/
+    fer2013new.csv                   votes, from github.com/microsoft/FERPlus
+    FER2013Train/fer0000000.png ...  and FER2013Valid/, FER2013Test/;
+    or, instead of the folders, Kaggle's fer2013.csv""",
+    "raf": """
+  DIR/basic/
+    EmoLabel/list_patition_label.txt       rows like: train_00001.jpg 5
+    EmoLabel/distribution.txt              (optional) name and 7 votes in label order
+    Image/aligned/train_00001_aligned.jpg  or Image/original/train_00001.jpg with
+    Annotation/manual/train_00001_manu_attri.txt""",
+    "affectnet7": """
+  DIR/training.csv, DIR/validation.csv and the images that they name; or
+  DIR/train_set/ and DIR/val_set/, each with
+    images/N.jpg  annotations/N_exp.npy  annotations/N_lnd.npy""",
+}
+TREES["affectnet8"] = TREES["affectnet7"]
+
+
+@dataclass
+class Listing:
+    """A split before its images are read: what is known of each face, and how to read it."""
+    names: list
+    labels: list
+    read: Callable                          # (i, side) -> uint8 (C, side, side)
+    votes: list = None
+    truth: list = None
+    sources: list = field(default_factory=list)   # files whose change makes the memory map stale
+    notes: list = field(default_factory=list)     # what was kept and what was left out
+
+
+@dataclass
+class Faces(Dataset):
+    """A split with its images; `faces[indices]` is a uint8 batch (B, C, S, S)."""
+    data: str
+    split: str
+    images: np.ndarray
+    labels: torch.Tensor
+    names: list
+    votes: torch.Tensor = None
+    truth: torch.Tensor = None
+    notes: list = field(default_factory=list)
+    rows: torch.Tensor = None                # which rows of `images`, if not all of them
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, indices):
+        rows = torch.as_tensor(indices) if self.rows is None else self.rows[indices]
+        return torch.from_numpy(self.images[rows.numpy()])
+
+    def subset(self, chosen):
+        """The faces with these indices (a tensor), on the same images."""
+        pick = lambda values: None if values is None else values[chosen]
+        rows = torch.arange(len(self)) if self.rows is None else self.rows
+        return replace(self, labels=self.labels[chosen], names=[self.names[i] for i in chosen],
+                       votes=pick(self.votes), truth=pick(self.truth), rows=rows[chosen])
+
+    def __getstate__(self):                  # a worker process opens the memory map, not a copy
+        return {**self.__dict__, "images": self.images.filename}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, images=np.load(state["images"], mmap_mode="r"))
+
+
+# ---------------------------------------------------------------------------------------- images
+
+def read_image(path, channels):
+    """Read an image file as PIL "L" or "RGB"; InputError names the file that cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+                    raise InputError(f"{path}: colour mode {image.mode} is not read here; convert "
+                                     "it to 8-bit grey or RGB")
+                if getattr(image, "n_frames", 1) > 1:
+                    raise InputError(f"{path}: holds {image.n_frames} frames; extract one")
+                return image.convert("L" if channels == 1 else "RGB")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image; is the data set unpacked completely?") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise InputError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels; shrink it") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path}: not a readable image ({error}); fetch it again") from None
+
+
+def to_array(image, side):
+    """PIL image -> uint8 (C, side, side), resized with a low-pass filter."""
+    if image.size != (side, side):
+        image = image.resize((side, side), Image.Resampling.BICUBIC, reducing_gap=3.0)
+    array = np.asarray(image)                                       # (side, side) or (side, side, 3)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+# Eyes, nose tip and mouth corners in a crop of 112 x 112 pixels (facts of MobileFaceNet's alignment).
+TEMPLATE = np.array([[38.29, 51.70], [73.53, 51.50], [56.03, 71.74], [41.55, 92.37], [70.73, 92.20]])
+
+
+def similarity(source, target):
+    """Least-squares similarity transform (Umeyama 1991): (P, 2), (P, 2) -> (2, 3) with
+    target = M[:, :2] @ source + M[:, 2]; rotation, one scale and a shift, no mirror."""
+    a, b = source - source.mean(0), target - target.mean(0)
+    u, s, vt = np.linalg.svd(b.T @ a / len(a))
+    sign = np.array([1.0, np.sign(np.linalg.det(u @ vt))])          # (2,)
+    rotation = u @ np.diag(sign) @ vt                               # (2, 2)
+    scale = (s * sign).sum() / a.var(0).sum()
+    return np.c_[scale * rotation, target.mean(0) - scale * rotation @ source.mean(0)]
+
+
+def align(image, points, side):
+    """Warp a face so that its five points (5, 2) meet the template: PIL -> PIL, side x side."""
+    matrix = similarity(TEMPLATE * side / 112, points)              # output pixel -> input pixel
+    return image.transform((side, side), Image.Transform.AFFINE, matrix.flatten(),
+                           Image.Resampling.BICUBIC)
+
+
+def five_points(landmarks):
+    """68 landmarks (68, 2) -> eye centres, nose tip, mouth corners (5, 2)."""
+    return np.stack([landmarks[36:42].mean(0), landmarks[42:48].mean(0), landmarks[30],
+                     landmarks[48], landmarks[54]])
+
+
+# ---------------------------------------------------------------------------------------- readers
+
+def number(text, where, low=0, high=math.inf, whole=True):
+    """Parse a number in low .. high, or say which row is wrong."""
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not low <= value <= high or (whole and value != int(value)):
+        kind = "a whole number" if whole else "a number"
+        limits = f"from {low}" + ("" if high == math.inf else f" to {high}")
+        raise InputError(f"{where}: {text!r} is not {kind} {limits}; correct the row")
+    return int(value) if whole else value
+
+
+def read_csv(path, columns):
+    """Rows of a csv file as (row number, dict); InputError if a column is missing."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            missing = [c for c in columns if c not in (reader.fieldnames or [])]
+            if missing:
+                raise InputError(f"{path}: no column {missing[0]!r}; expected {', '.join(columns)}")
+            return list(enumerate(reader, 2))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+
+
+def inside(root, name, where):
+    """The path of `name` below `root`; a name that leaves the data folder is an InputError."""
+    path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise InputError(f"{where}: {name!r} leaves the data folder; correct the row")
+    return path
+
+
+def layout_error(data, data_dir, found):
+    """The error for a missing or wrong layout, with the expected tree drawn."""
+    return InputError(f"{data_dir}: {found}. Expected for --data {data}:{TREES[data]}")
+
+
+def voted_label(votes, classes, convention):
+    """The crowd's label from the counts of all columns (`classes` real ones first), or None.
+
+    "argmax": the most voted column, the first of several; None if that is not a class (unknown or
+    no face). "majority" (FER+): columns with a single vote are set to 0, and the top must then have
+    more than half of what is left.
+    """
+    votes = np.asarray(votes)
+    if convention == "majority":
+        votes = np.where(votes > 1, votes, 0)
+        if votes.max() <= votes.sum() / 2:
+            return None
+    top = int(votes.argmax())
+    return top if top < classes and votes[top] > 0 else None
+
+
+def list_ferplus(root, split, convention, partial):
+    """FERPlus from its folders, or from Kaggle's fer2013.csv; votes from fer2013new.csv."""
+    root = root / "data" if not (root / "fer2013new.csv").exists() else root
+    table, pixels = root / "fer2013new.csv", root / "fer2013.csv"
+    folder = root / {"train": "FER2013Train", "val": "FER2013Valid", "test": "FER2013Test"}[split]
+    if not table.exists():
+        raise layout_error("ferplus", root.parent if root.name == "data" else root,
+                           "there is no fer2013new.csv")
+    if not folder.is_dir() and not pixels.exists():
+        raise layout_error("ferplus", root, f"there is neither {folder.name}/ nor fer2013.csv")
+    usage = {"train": "Training", "val": "PublicTest", "test": "PrivateTest"}[split]
+    kinds = DATA["ferplus"]["classes"] + ["unknown", "NF"]
+    rows = read_csv(table, ["Usage", "Image name"] + kinds)
+    check_count("ferplus", split, sum(r["Usage"] == usage for _, r in rows), partial, table)
+    images = None if folder.is_dir() else [r for _, r in read_csv(pixels, ["pixels", "Usage"])]
+    if images is not None and len(images) != len(rows):
+        raise InputError(f"{pixels}: {len(images)} rows, but {table} has {len(rows)}; they are "
+                         "joined by row, so both must be complete")
+    kept, nameless, repeated = {}, 0, 0          # name -> (votes, row); a later row replaces
+    for line, row in rows:
+        if row["Usage"] != usage:
+            continue
+        name = row["Image name"] if images is None else f"row {line}"
+        nameless, repeated = nameless + (not name), repeated + (name in kept)
+        if name:
+            kept[name] = ([number(row[k], f"{table}, row {line}") for k in kinds], line)
+    votes = {name: v for name, (v, _) in kept.items()}
+    labels = {name: voted_label(v, 8, convention) for name, v in votes.items()}
+    names = [name for name in votes if labels[name] is not None]
+
+    def read(i, side):
+        if images is None:
+            return to_array(read_image(inside(folder, names[i], table), 1), side)
+        line = kept[names[i]][1]
+        values = np.array(images[line - 2]["pixels"].split(), dtype=np.int64)
+        if values.size != 48 * 48 or values.min() < 0 or values.max() > 255:
+            raise InputError(f"{pixels}, row {line}: not 48 x 48 numbers from 0 to 255")
+        return to_array(Image.fromarray(values.reshape(48, 48).astype(np.uint8)), side)
+
+    notes = [f"{len(names)} faces of {len(votes)} images; the {convention} label of "
+             f"{len(votes) - len(names)} is unknown or no face ({nameless} rows without image, "
+             f"{repeated} repeated)"]
+    return Listing(names, [labels[n] for n in names], read, [votes[n][:8] for n in names],
+                   sources=[folder / n for n in names] if images is None else [pixels, table],
+                   notes=notes)
+
+
+def list_raf(root, split, convention, partial):
+    """RAF-DB basic: aligned images, or the originals aligned by the five manual points."""
+    root = root / "basic" if (root / "basic").is_dir() else root
+    table, share = root / "EmoLabel/list_patition_label.txt", root / "EmoLabel/distribution.txt"
+    aligned, original = root / "Image/aligned", root / "Image/original"
+    if not table.exists():
+        raise layout_error("raf", root, "there is no EmoLabel/list_patition_label.txt")
+    if not aligned.is_dir() and not (original.is_dir() and (root / "Annotation/manual").is_dir()):
+        found = "Image/original has no Annotation/manual" if original.is_dir() else "no Image/aligned"
+        raise layout_error("raf", root, found)
+    labels = {}
+    for line, row in enumerate(table.read_text().splitlines(), 1):
+        where, parts = f"{table}, row {line}", row.split()
+        if len(parts) != 2:
+            raise InputError(f"{where}: {row!r} is not a name and a class number; correct the row")
+        if parts[0] in labels:
+            raise InputError(f"{where}: {parts[0]} is listed twice; remove one row")
+        if parts[0].startswith(split + "_"):
+            labels[parts[0]] = number(parts[1], where, 1, 7) - 1
+    check_count("raf", split, len(labels), partial, table)
+    names, votes = list(labels), None
+    if share.exists():
+        rows = [(f"{share}, row {i}", r.split()) for i, r in enumerate(share.open(), 1)]
+        found = {r[0]: [number(v, w, whole=False) for v in r[1:]] for w, r in rows if r}
+        missing = [n for n in names if len(found.get(n, ())) != 7 or sum(found[n]) == 0]
+        if missing:
+            raise InputError(f"{share}: no 7 votes for {missing[0]}; complete the file or remove it")
+        votes = [found[n] for n in names]
+        labels = {n: int(np.argmax(v)) for n, v in zip(names, votes)}
+    file = {n: aligned / n.replace(".jpg", "_aligned.jpg") if aligned.is_dir() else original / n
+            for n in names}
+
+    def read(i, side):
+        image = read_image(file[names[i]], 3)
+        if not aligned.is_dir():
+            points = root / f"Annotation/manual/{names[i][:-4]}_manu_attri.txt"
+            try:
+                values = np.array([p.split()[:2] for p in points.read_text().splitlines()[:5]], float)
+                image = align(image, values.reshape(5, 2), side)
+            except (OSError, ValueError) as error:
+                raise InputError(f"{points}: not five rows of x and y ({error})") from None
+        return to_array(image, side)
+
+    notes = [f"{len(names)} faces, " + ("votes from distribution.txt" if votes else
+             "no votes: candidate sets will be generated")
+             + (", Image/aligned" if aligned.is_dir() else ", aligned by Annotation/manual")]
+    return Listing(names, [labels[n] for n in names], read, votes, sources=list(file.values()),
+                   notes=notes)
+
+
+def list_affectnet(data, root, split, partial):
+    """AffectNet from its two csv files or from train_set/ and val_set/; aligned by landmarks."""
+    classes = len(DATA[data]["classes"])
+    table = root / {"train": "training.csv", "test": "validation.csv"}[split]
+    folder = root / {"train": "train_set", "test": "val_set"}[split]
+    rows, dropped = [], 0                        # (image file, label, landmarks or their file)
+    if table.exists():
+        for line, row in read_csv(table, ["subDirectory_filePath", "facial_landmarks", "expression"]):
+            where, name = f"{table}, row {line}", row["subDirectory_filePath"]
+            label = number(row["expression"], where, 0, 10)
+            rows.append((inside(root, name, where), label, (where, row["facial_landmarks"])))
+    elif folder.is_dir():
+        for file in sorted((folder / "images").iterdir(), key=lambda f: (len(f.name), f.name)):
+            note = folder / "annotations" / file.stem
+            try:
+                label = np.load(f"{note}_exp.npy", allow_pickle=False).item()
+            except (OSError, ValueError) as error:
+                raise InputError(f"{note}_exp.npy: not a class number ({error})") from None
+            rows.append((file, number(label, f"{note}_exp.npy", 0, 10), f"{note}_lnd.npy"))
+    else:
+        raise layout_error(data, root, f"there is neither {table.name} nor {folder.name}/")
+    kept = [r for r in rows if r[1] < classes]
+    for name, count in Counter(r[1] for r in kept).items() if split == "test" else ():
+        check_count(data, split, count, partial, f"{root}, class {DATA[data]['classes'][name]}")
+
+    def read(i, side):
+        file, _, points = kept[i]
+        try:
+            where = points if isinstance(points, str) else points[0]
+            values = (np.load(points, allow_pickle=False) if isinstance(points, str) else
+                      np.array(points[1].replace(";", " ").split(), float))
+            landmarks = values.astype(float).reshape(68, 2)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{where}: not 68 landmarks ({error})") from None
+        return to_array(align(read_image(file, 3), five_points(landmarks), side), side)
+
+    notes = [f"{len(kept)} faces of {len(rows)} images; {len(rows) - len(kept)} are of other "
+             "classes (none, uncertain, no face" + (", contempt)" if classes == 7 else ")"),
+             "no votes: candidate sets will be generated"]
+    names = [str(r[0].relative_to(root)) for r in kept]
+    return Listing(names, [r[1] for r in kept], read, sources=[r[0] for r in kept], notes=notes)
+
+
+def check_count(data, split, found, partial, where):
+    """Official size of a split, or an InputError that names --partial."""
+    official = DATA[data]["counts"][split]
+    if official is not None and found != official and not partial:
+        raise InputError(f"{where}: {found} faces for the {split} split, officially {official}; "
+                         "complete the data set, or say --partial to use it as it is")
+
+
+# ---------------------------------------------------------------------------------------- the toy
+
+# Facial action units (Ekman and Friesen): which each expression uses, and how strongly. Fear shares
+# the raised brows, wide eyes and open mouth of surprise; disgust the lowered brows of anger.
+UNITS = ("inner brow up", "outer brow up", "brow lowered", "upper lid up", "lids tight",
+         "nose wrinkled", "upper lip up", "corners up", "corners down", "lips stretched",
+         "lips pressed", "jaw dropped")
+PROTOTYPES = np.array([
+    #  1    2    4    5    7    9   10   12   15   20   23   26      numbers of the action units
+    [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],  # neutral
+    [0.0, 0.0, 0.0, 0.0, 0.5, 0.0, 0.2, 1.0, 0.0, 0.0, 0.0, 0.4],  # happiness
+    [1.0, 0.0, 0.4, 0.0, 0.3, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0],  # sadness
+    [0.9, 1.0, 0.0, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0],  # surprise
+    [1.0, 0.7, 0.5, 1.0, 0.0, 0.0, 0.0, 0.0, 0.2, 1.0, 0.0, 0.5],  # fear
+    [0.0, 0.0, 0.7, 0.0, 0.6, 1.0, 1.0, 0.0, 0.4, 0.0, 0.0, 0.1],  # disgust
+    [0.0, 0.0, 1.0, 0.4, 0.5, 0.3, 0.0, 0.0, 0.3, 0.0, 1.0, 0.0],  # anger
+])
+
+
+def toy_sample(seed, split, i):
+    """Truth, units and votes of toy face i: (class, (12,) in 0 .. 1, (7,) counts), and its generator.
+
+    A face is its class at some intensity, often blended with a second, similar one. Each of ten
+    annotators perceives the units with noise of their own and names the nearest
+    expression.
+    """
+    rng = np.random.default_rng([seed, ("train", "val", "test").index(split), i])
+    truth = rng.integers(7)
+    likeness = np.exp(-((PROTOTYPES - PROTOTYPES[truth]) ** 2).sum(1) / 1.5)   # (7,)
+    likeness[truth] = 0
+    other = rng.choice(7, p=likeness / likeness.sum())
+    blend = rng.uniform(0.0, 0.6) if rng.random() < 0.6 else 0.0
+    units = rng.uniform(0.45, 1.0) * ((1 - blend) * PROTOTYPES[truth] + blend * PROTOTYPES[other])
+    units = np.clip(units + rng.normal(0, 0.05, 12), 0, 1)
+    seen = units + rng.normal(0, 0.30, (10, 12))                            # (10, 12)
+    distance = ((seen[:, None] - 0.75 * PROTOTYPES) ** 2).sum(-1)           # (10, 7)
+    return int(truth), units, np.bincount(distance.argmin(1), minlength=7), rng
+
+
+def toy_face(units, rng, side):
+    """Draw a face with these action units and a random identity, pose and light: PIL RGB."""
+    inner, outer, lower, lid, tight, wrinkle, lip, smile, frown, stretch, press, jaw = units
+    big, uniform = 3 * side, rng.uniform
+    turn, tilt, zoom = uniform(-0.05, 0.05), math.radians(uniform(-10, 10)), uniform(0.88, 1.02)
+    shift = uniform(-0.03, 0.03, 2)
+    skin = np.array([[241, 206, 180], [224, 172, 136], [186, 128, 92], [122, 80, 56]][rng.integers(4)])
+    skin = np.clip(skin * uniform(0.92, 1.08) + rng.normal(0, 3, 3), 40, 250)
+    dark, hair = tuple((skin * 0.55).astype(int)), tuple(int(v) for v in rng.integers(15, 110) *
+                                                         np.array([1.0, 0.8, 0.6]))
+    image = Image.new("RGB", (big, big), tuple(int(v) for v in rng.integers(60, 220, 3)))
+    draw = ImageDraw.Draw(image)
+
+    def place(points):                           # face coordinates, 0 .. 1 -> pixels of the pose
+        p = (np.asarray(points, float) - 0.5) * zoom
+        p[:, 0] += turn * np.cos(p[:, 1] * 2)
+        p = p @ [[math.cos(tilt), math.sin(tilt)], [-math.sin(tilt), math.cos(tilt)]] + 0.5 + shift
+        return [tuple(v) for v in p * big]
+
+    def oval(x, y, rx, ry, fill):
+        a = np.linspace(0, 2 * np.pi, 40)
+        draw.polygon(place(np.c_[x + rx * np.cos(a), y + ry * np.sin(a)]), fill=fill)
+
+    def stroke(points, width, fill):
+        draw.line(place(points), fill=fill, width=max(1, round(width * big)), joint="curve")
+
+    wide = uniform(0.31, 0.36)
+    oval(0.5, 0.42, wide + 0.05, 0.42, hair)
+    oval(0.5, 0.54, wide, 0.41, tuple(skin.astype(int)))
+    gap, thick, t = uniform(0.145, 0.17), uniform(0.022, 0.034), np.linspace(-1, 1, 15)
+    for s in (-1, 1):                            # left and right: eye, lids, brow, nose, cheek
+        x, y, half = 0.5 + s * gap, 0.45, 0.075
+        opening = 0.030 * (1 + 0.9 * lid - 0.6 * tight - 0.25 * smile)
+        oval(x, y, half, opening, (245, 245, 240))
+        oval(x, y, min(0.030, opening * 1.05), min(0.030, opening * 1.05), (40, 30, 25))
+        arc = np.c_[x + half * t, y - opening * np.sqrt(1 - t ** 2)]
+        stroke(arc, 0.010, (30, 20, 20))
+        stroke(np.c_[arc[:, 0], 2 * y - arc[:, 1] + 0.012 * tight], 0.006 + 0.006 * tight, dark)
+        start = np.array([0.5 + s * (0.072 - 0.022 * lower), 0.362 - 0.055 * inner + 0.055 * lower])
+        end = np.array([0.5 + s * 0.245, 0.365 - 0.060 * outer - 0.012 * lower * (1 - outer)])
+        middle = (start + end) / 2 - [0, 0.025 * (1 - lower)]
+        stroke([start, middle, end], thick, hair)
+        stroke([(0.5 + s * 0.022, 0.48), (0.5 + s * 0.045, 0.60 - 0.02 * wrinkle),
+                (0.5 + s * 0.015, 0.615 - 0.02 * wrinkle)], 0.010 + 0.004 * wrinkle, dark)
+        for k in range(3) if wrinkle > 0.3 else ():
+            stroke([(0.5, 0.44 + 0.025 * k), (0.5 + s * 0.04, 0.425 + 0.025 * k)], 0.009 * wrinkle, dark)
+        fold = max(smile, wrinkle, lip)
+        if fold > 0.25:
+            stroke([(0.5 + s * 0.065, 0.60), (0.5 + s * (0.12 + 0.05 * smile), 0.70)],
+                   0.011 * fold, dark)
+        if lower > 0.4:
+            stroke([(0.5 + s * 0.018, 0.36), (0.5 + s * 0.014, 0.405)], 0.008 * lower, dark)
+    half = 0.115 * (1 + 0.40 * smile + 0.45 * stretch - 0.25 * press - 0.25 * jaw * (1 - stretch))
+    line = 0.745 + (0.065 * frown - 0.075 * smile) * t ** 2 - 0.02 * lip * (1 - abs(t))
+    bow = np.sqrt(1 - t ** 2) if stretch < 0.5 else (1 - t ** 8)       # stretched lips: a square mouth
+    upper, under = line - (0.004 + 0.040 * lip) * bow, line + (0.004 + 0.130 * jaw + 0.02 * stretch) * bow
+    plump, x = 0.020 * (1 - 0.7 * press), 0.5 + half * t
+    lips = tuple((skin * [0.80, 0.50, 0.50]).astype(int))
+    outline = np.r_[np.c_[x, upper - plump * (1 - t ** 2)], np.c_[x, under + plump * (1 - t ** 2)][::-1]]
+    draw.polygon(place(outline), fill=lips)
+    draw.polygon(place(np.r_[np.c_[x, upper], np.c_[x, under][::-1]]), fill=(60, 15, 20))
+    if max(smile * jaw * 2, lip, stretch) > 0.35:                       # the upper teeth show
+        depth = np.minimum(under - upper, 0.035)
+        draw.polygon(place(np.r_[np.c_[x, upper], np.c_[x, upper + depth][::-1]][2:-2]),
+                     fill=(238, 238, 230))
+    pixels = np.asarray(image.resize((side, side), Image.Resampling.BOX), np.float32)
+    across, down = np.meshgrid(np.linspace(-1, 1, side), np.linspace(-1, 1, side))
+    light = uniform(0.75, 1.1) + uniform(-0.25, 0.25) * across + uniform(-0.15, 0.15) * down
+    pixels = pixels * light[..., None] + rng.normal(0, 5, pixels.shape)
+    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+
+
+def list_toy(split, convention, seed=0):
+    """The toy: faces drawn from the seed, with ten simulated annotators; as many as DATA says."""
+    samples = [toy_sample(seed, split, i) for i in range(DATA["toy"]["counts"][split])]
+    labels = [voted_label(s[2], 7, convention) for s in samples]
+    kept = [i for i, label in enumerate(labels) if label is not None]
+
+    def read(j, side):
+        truth, units, votes, rng = toy_sample(seed, split, kept[j])
+        return to_array(toy_face(units, rng, side), side)
+
+    truth = [samples[i][0] for i in kept]
+    wrong = sum(labels[i] != samples[i][0] for i in kept)
+    notes = [f"{len(kept)} faces of {len(samples)} drawn; the crowd's {convention} label is not what "
+             f"was drawn for {wrong} of them"]
+    return Listing([f"{split}_{i:05d}" for i in kept], [labels[i] for i in kept], read,
+                   [samples[i][2] for i in kept], truth, [Path(__file__)], notes)
+
+
+# ---------------------------------------------------------------------------------------- loading
+
+def listing(data, data_dir, split, convention="argmax", partial=False):
+    """The `Listing` of a split of a data set, or an InputError."""
+    if split not in DATA[data]["counts"]:
+        raise InputError(f"{data} has no {split} split; it has {', '.join(DATA[data]['counts'])}")
+    if data == "toy":
+        return list_toy(split, convention)
+    root = Path(data_dir or f"data/{data}")
+    if not root.is_dir():
+        raise layout_error(data, root, "there is no such folder (--data-dir)")
+    if data == "ferplus":
+        found = list_ferplus(root, split, convention, partial)
+    elif data == "raf":
+        found = list_raf(root, split, convention, partial)
+    else:
+        found = list_affectnet(data, root, split, partial)
+    if not found.names:
+        raise InputError(f"{root}: no face is left in the {split} split of {data}")
+    return found
+
+
+def memory_map(found, data, split, side, cache, quiet=False):
+    """All images of a listing as a read-only uint8 array (n, C, side, side) on disk, built once.
+
+    The file's name holds a digest of the names, sizes and times of the sources, so that a changed
+    source is read again. It is written beside and renamed: a half-built file is never used.
+    """
+    digest = hashlib.sha256(repr((data, split, side, found.names)).encode())
+    try:
+        for source in found.sources:
+            status = os.stat(source)
+            digest.update(f"{source} {status.st_size} {status.st_mtime_ns}".encode())
+    except FileNotFoundError:
+        raise InputError(f"{source}: no such image; is the data set unpacked completely?") from None
+    path = Path(cache) / f"{data}-{split}-{side}-{digest.hexdigest()[:12]}.npy"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        shape = (len(found.names), DATA[data]["channels"], side, side)
+        array = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
+        try:
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                rows = pool.map(lambda i: found.read(i, side), range(len(found.names)))
+                for i, row in enumerate(tqdm(rows, f"reading {data} {split}", len(found.names),
+                                             leave=False, disable=quiet or not sys.stderr.isatty())):
+                    array[i] = row
+            array.flush()
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    return np.load(path, mmap_mode="r")
+
+
+def load_faces(data, data_dir, split, image_size, convention="argmax", partial=False,
+               cache="runs/cache"):
+    """A split as `Faces`. Images are stored at image_size, or at their own size if that is less."""
+    found = listing(data, data_dir, split, convention, partial)
+    side = min(image_size, DATA[data]["side"])
+    images = memory_map(found, data, split, side, cache)
+    votes = None if found.votes is None else torch.tensor(np.array(found.votes), dtype=torch.float32)
+    truth = None if found.truth is None else torch.tensor(found.truth)
+    return Faces(data, split, images, torch.tensor(found.labels), found.names, votes, truth,
+                 found.notes)
+
+
+def hold_out(faces, share, seed):
+    """Split a training set into (training, hold-out) by class, a `share` of each: two `Faces`."""
+    generator = torch.Generator().manual_seed(seed)
+    held = torch.zeros(len(faces), dtype=torch.bool)
+    for c in faces.labels.unique():
+        members = (faces.labels == c).nonzero().flatten()
+        order = torch.randperm(len(members), generator=generator)
+        held[members[order[:round(share * len(members))]]] = True
+    return faces.subset((~held).nonzero().flatten()), faces.subset(held.nonzero().flatten())
+
+
+# ---------------------------------------------------------------------------------------- batches
+
+def prepare(images, size, data):
+    """uint8 (B, C, S, S) -> normalised (B, 3, size, size); grey becomes three equal channels."""
+    x = images.float() / 255
+    if x.shape[-1] != size:
+        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)   # (B, C, size, size)
+    return normalise(x, data)
+
+
+def normalise(x, data):
+    """Pixels (B, C, H, H) in 0 .. 1 -> (x - mean) / std, (B, 3, H, H)."""
+    mean, std = (torch.tensor(DATA[data][k], device=x.device)[:, None, None] for k in ("mean", "std"))
+    return (x - mean) / std                                        # C = 1 spreads to 3 here
+
+
+def augment(images, u, size, data, scale=0.5, degrees=0.0, light=0.0, erase=0.0):
+    """Random crop, flip, rotation, light and erasing of a whole batch, on its device.
+
+    images uint8 (B, C, S, S) -> normalised (B, 3, size, size). `u` (B, 12) in [0, 1) holds all that
+    is random, a row a face, so that a face is augmented alike however a batch is divided. A crop
+    has an area from `scale` to 1 and sides as 3/4 to 4/3 (MaskFeat); `degrees`, `light` are the
+    largest rotation and change of brightness and contrast; `erase` is how often a rectangle is
+    replaced by the mean colour (Zhong et al. 2020).
+    """
+    spread = lambda k, a: (2 * u[:, k] - 1) * a                    # uniform in -a .. a, (B,)
+    area, shape = scale + (1 - scale) * u[:, 0], torch.exp(spread(1, math.log(4 / 3)))
+    w, h = (area * shape).sqrt().clamp(max=1), (area / shape).sqrt().clamp(max=1)
+    x0, y0, flip = spread(2, 1) * (1 - w), spread(3, 1) * (1 - h), torch.where(u[:, 4] < 0.5, -1.0, 1.0)
+    cos, sin = torch.cos(spread(5, math.radians(degrees))), torch.sin(spread(5, math.radians(degrees)))
+    theta = torch.stack([torch.stack([w * flip * cos, -h * sin, x0], 1),
+                         torch.stack([w * flip * sin, h * cos, y0], 1)], 1)   # (B, 2, 3)
+    grid = F.affine_grid(theta, (len(u), 1, size, size), align_corners=False)   # (B, size, size, 2)
+    x = F.grid_sample(images.float() / 255, grid, padding_mode="border", align_corners=False)
+    if light:
+        gain, offset = (1 + spread(6, light))[:, None, None, None], spread(7, light)[:, None, None, None]
+        x = ((x - 0.5) * gain + 0.5 + offset).clamp(0, 1)
+    x = normalise(x, data)                                         # (B, 3, size, size)
+    if erase:
+        share, along = 0.02 + 0.31 * u[:, 8], torch.exp(spread(9, math.log(3.3)))
+        at = torch.arange(size, device=x.device)
+        inside = []
+        for k, side in ((10, (share * along).sqrt()), (11, (share / along).sqrt())):
+            side = (side * size).clamp(1, size)
+            start = u[:, k] * (size - side)                        # (B,)
+            inside.append((at >= start[:, None]) & (at < (start + side)[:, None]))   # (B, size)
+        chosen = ((u[:, 4] * 2) % 1 < erase)[:, None, None]        # independent of the flip
+        box = inside[0][:, :, None] & inside[1][:, None, :] & chosen              # (B, size, size)
+        x = x.masked_fill(box[:, None], 0.0)
+    return x
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+def contact_sheet(faces, indices, columns=8, side=96):
+    """A picture of faces with the voted label and each class's votes as a bar: PIL RGB."""
+    classes, height = DATA[faces.data]["classes"], side + 40
+    sheet = Image.new("RGB", (columns * (side + 8), math.ceil(len(indices) / columns) * height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, i in enumerate(indices):
+        x, y = k % columns * (side + 8) + 4, k // columns * height + 2
+        face = Image.fromarray(faces[[i]][0].permute(1, 2, 0).squeeze().numpy())
+        sheet.paste(face.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), (x, y))
+        draw.text((x, y + side), classes[faces.labels[i]], fill="black")
+        if faces.votes is not None:
+            step, votes = side / len(classes), faces.votes[i] / faces.votes[i].sum()
+            for c, v in enumerate(votes.tolist()):
+                draw.rectangle([x + c * step, y + side + 34 - 20 * v, x + (c + 0.8) * step,
+                                y + side + 34], fill="firebrick" if c == faces.labels[i] else "grey")
+    return sheet
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", choices=DATA, default="toy")
+    parser.add_argument("--data-dir", help="folder of the data set")
+    parser.add_argument("--split", default="train", choices=("train", "val", "test"))
+    parser.add_argument("--labels", default="argmax", choices=("argmax", "majority"))
+    parser.add_argument("--partial", action="store_true", help="accept unofficial counts")
+    parser.add_argument("--out", help="where the contact sheet goes (runs/DATA-SPLIT.png)")
+    args = parser.parse_args()
+    faces = load_faces(args.data, args.data_dir, args.split, 224, args.labels, args.partial)
+    print("\n".join(faces.notes))
+    for c, name in enumerate(DATA[args.data]["classes"]):
+        print(f"{name:12s} {int((faces.labels == c).sum()):7d}")
+    out = Path(args.out or f"runs/{args.data}-{args.split}.png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet(faces, range(min(64, len(faces)))).save(out)
+    print(f"contact sheet: {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

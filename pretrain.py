@@ -1,0 +1,585 @@
+"""Stage 1: masked image modelling. A ViT learns faces by predicting the HOG of hidden patches.
+
+Paper: Sec. 3.2 and Fig. 3, settings of Sec. 4.2. The encoder sees the visible patches only (as MAE,
+He et al. 2022), a light decoder predicts the HOG of the masked ones (as MaskFeat, Wei et al. 2022)
+and is discarded afterwards. The second half of the file is what both stages need: settings,
+processes, schedule, checkpoints and the loop over epochs.
+
+    name        shape          meaning
+    images      (B, 3, H, H)   an augmented batch
+    mask        (B, N) bool    True where a patch is masked; the same number in every row
+    keep        (B, V)         indices of the V visible patches, ascending
+    tokens      (B, 1+V, d)    class token and visible tokens after the encoder
+    target      (B, N, T)      HOG, T = 108, or normalised pixels, T = 3*P*P
+    prediction  (B, N, T)      the decoder's output
+
+Run:  python pretrain.py                                   (the toy, two minutes on two cores)
+      torchrun --nproc_per_node=4 pretrain.py --data raf   (the paper's settings)
+"""
+import argparse
+import json
+import math
+import os
+import pickle
+import random
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from datasets import DATA, InputError, augment, load_faces, prepare
+from hog import hog_targets
+from vit import Block, ViT, initialise, patchify, wave_positions
+
+# setting: (paper, laptop, smallest, largest, meaning). Every one is a flag of the same name.
+MODEL_SETTINGS = {
+    "image_size": (224, 48, 8, 1024, "side of an image in pixels"),
+    "patch_size": (16, 8, 2, 64, "side of a patch in pixels"),
+    "dim": (768, 128, 4, 4096, "width of the encoder's tokens"),
+    "depth": (12, 6, 1, 100, "blocks of the encoder"),
+    "heads": (12, 4, 1, 64, "attention heads of the encoder"),
+}
+SETTINGS = {
+    **MODEL_SETTINGS,
+    "decoder_dim": (512, 96, 4, 4096, "width of the reconstruction decoder"),
+    "decoder_depth": (8, 1, 1, 100, "blocks of the reconstruction decoder"),
+    "decoder_heads": (16, 4, 1, 64, "attention heads of the reconstruction decoder"),
+    "mask_ratio": (0.4, 0.4, 0.01, 0.99, "share of the patches that is masked"),
+    "epochs": (600, 20, 1, 100_000, "epochs"),
+    "batch_size": (192, 64, 1, 1_000_000, "faces a step, all processes together"),
+    "lr": (2e-4, 1.5e-3, 0.0, 10.0, "highest learning rate"),
+    "warmup_epochs": (60, 2, 0, 100_000, "epochs of linear warm-up"),
+    "weight_decay": (0.05, 0.05, 0.0, 10.0, "weight decay of AdamW (none on 1-D parameters)"),
+    "clip": (0.02, 0.02, 0.0, 1e9, "largest norm of the gradient"),
+    "crop_scale": (0.5, 0.5, 0.01, 1.0, "smallest area of a random crop"),
+}
+
+
+# ---------------------------------------------------------------------------------------- masking
+
+def masked_count(patches, ratio):
+    """How many of `patches` are masked: all but int(N * (1 - ratio)), as MAE; 79 of 196 at 0.4."""
+    return patches - int(patches * (1 - ratio))
+
+
+def random_mask(batch, grid, count, seed):
+    """Exactly `count` patches of each image, uniformly: (B, N) bool, True is masked."""
+    noise = torch.rand(batch, grid * grid, generator=torch.Generator().manual_seed(seed))
+    ranks = noise.argsort(dim=1).argsort(dim=1)                          # (B, N), 0 .. N-1 a row
+    return ranks < count
+
+
+def block_mask(grid, count, rng):
+    """Exactly `count` masked patches of one image in rectangles (BEiT, MaskFeat): (N,) bool.
+
+    Rectangles have at least 16 of 196 patches (that share of another grid) and an aspect ratio
+    log-uniform in 0.3 .. 1/0.3; one that would add too many patches or none is tried again, ten
+    times at most. What is then missing is filled with single patches.
+    """
+    mask = np.zeros((grid, grid), dtype=bool)
+    smallest = 16 / 196 * grid * grid
+    left = count
+    while left > 0:
+        for _ in range(10):
+            area = rng.uniform(smallest, max(left, smallest))
+            aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if not (0 < height <= grid and 0 < width <= grid):
+                continue
+            top, start = rng.randint(0, grid - height), rng.randint(0, grid - width)
+            block = mask[top:top + height, start:start + width]
+            added = block.size - block.sum()
+            if 0 < added <= left:
+                block[:] = True
+                left -= added
+                break
+        else:
+            free = np.flatnonzero(~mask).tolist()
+            mask.reshape(-1)[rng.sample(free, int(left))] = True
+            left = 0
+    return mask.reshape(-1)
+
+
+def draw_masks(kind, rows, grid, count, seed):
+    """Masks for `rows` (a range) of a batch drawn from `seed`, (len(rows), N) bool.
+
+    Row i is the same whichever process asks for it.
+    """
+    if kind == "random":
+        return random_mask(rows.stop, grid, count, seed)[rows.start:]
+    masks = [block_mask(grid, count, random.Random(seed * 1_000_003 + row)) for row in rows]
+    return torch.from_numpy(np.stack(masks))
+
+
+def visible(mask):
+    """Indices of the visible patches, ascending: (B, N) bool -> (B, V)."""
+    count = int((~mask[0]).sum())
+    return mask.int().argsort(dim=1, stable=True)[:, :count]
+
+
+# ---------------------------------------------------------------------------------------- the model
+
+class MaskedModel(nn.Module):
+    """Encoder and a light decoder that predicts the target of every patch.
+
+    kind "visible" (the paper, as MAE): masked patches never enter the encoder; the decoder gets its
+    tokens, narrowed, with a learned mask token wherever a patch is masked, and fixed positions.
+    kind "maskfeat" (MaskFeat): the mask token replaces masked patches at the encoder's input and a
+    linear layer on the encoder's output is the whole decoder.
+    """
+
+    def __init__(self, encoder, target_dim, dim=512, depth=8, heads=16, kind="visible"):
+        super().__init__()
+        self.encoder, self.kind = encoder, kind
+        width = dim if kind == "visible" else encoder.dim
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width).normal_(std=0.02))
+        if kind == "visible":
+            self.narrow = nn.Linear(encoder.dim, dim)
+            self.register_buffer("waves", wave_positions(dim, encoder.grid), persistent=False)
+            self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+            self.norm = nn.LayerNorm(dim, eps=1e-6)
+            initialise(self.narrow), initialise(self.blocks)
+        self.predict = nn.Linear(width, target_dim)
+        nn.init.normal_(self.predict.weight, std=0.02)     # start near the answer 0, not far from it
+        nn.init.zeros_(self.predict.bias)
+
+    def forward(self, images, mask):
+        """images (B, 3, H, H), mask (B, N) bool -> prediction of every patch (B, N, T)."""
+        if self.kind == "maskfeat":
+            positions = self.encoder.positions[:, 1:]                      # (1, N, d)
+            tokens = torch.where(mask.unsqueeze(-1), self.mask_token + positions,
+                                 self.encoder.embed(images))               # (B, N, d)
+            return self.predict(self.encoder.encode(tokens)[:, 1:])        # (B, N, T)
+        keep = visible(mask)                                               # (B, V)
+        tokens = self.narrow(self.encoder(images, keep))                   # (B, 1+V, dim)
+        full = self.mask_token.to(tokens.dtype).expand(*mask.shape, -1)    # (B, N, dim)
+        full = full.scatter(1, keep.unsqueeze(-1).expand_as(tokens[:, 1:]), tokens[:, 1:])
+        x = torch.cat([tokens[:, :1], full], dim=1) + self.waves           # (B, 1+N, dim)
+        for block in self.blocks:
+            x = block(x)
+        return self.predict(self.norm(x)[:, 1:])                           # (B, N, T)
+
+
+def make_targets(images, kind, patch_size):
+    """What is predicted for each patch, (B, N, T) in fp32: its HOG, or its own pixels normalised.
+
+    Pixels (the rival in Table 3) lose the patch's mean and are divided by its deviation (MAE).
+    """
+    if kind == "hog":
+        return hog_targets(images, patch_size)                             # (B, N, 108)
+    patches = patchify(images.float(), patch_size)                         # (B, N, 3*P*P)
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return (patches - mean) / (variance + 1e-6).sqrt()
+
+
+def masked_mse(prediction, target, mask):
+    """Mean squared error over the masked patches alone; a scalar in fp32."""
+    error = (prediction.float() - target).square().mean(dim=-1)            # (B, N)
+    return (error * mask).sum() / mask.sum()
+
+
+# ------------------------------------------------------------------ what both stages need: settings
+
+def make_parser(description, settings):
+    """Flags of both stages, and one flag for each setting of the table."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    add = parser.add_argument
+    add("--data", default="toy", choices=DATA, help="data set (%(default)s)")
+    add("--data-dir", help="its folder (data/DATA)")
+    add("--scale", choices=("paper", "laptop"), help="preset (toy: laptop, others: paper)")
+    add("--out", help="run folder (runs/STAGE-DATA)")
+    add("--seed", type=int, default=0, help="seed of everything random (%(default)s)")
+    add("--workers", type=int, default=0, help="loading processes (%(default)s)")
+    add("--device", help="cuda, cpu, ... (cuda if there is one)")
+    add("--resume", action="store_true", help="go on from the run folder's last.pt")
+    add("--labels", default="argmax", choices=("argmax", "majority"), help="votes to label")
+    add("--partial", action="store_true", help="accept a data set of unofficial size")
+    add("--cache", default="runs/cache", help="folder of the memory maps (%(default)s)")
+    for name, (paper, laptop, _, _, meaning) in settings.items():
+        add("--" + name.replace("_", "-"), type=type(paper),
+            help=f"{meaning} (paper {paper}, laptop {laptop})")
+    return parser
+
+
+def resolve(args, settings, stage):
+    """All settings of a run as a plain dict: what the command says, else what the preset says."""
+    config = vars(args).copy()
+    config["scale"] = args.scale or ("laptop" if args.data == "toy" else "paper")
+    config["out"] = args.out or f"runs/{stage}-{args.data}"
+    config["stage"] = stage
+    for name, (paper, laptop, low, high, _) in settings.items():
+        if config[name] is None:
+            config[name] = paper if config["scale"] == "paper" else laptop
+        if not low <= config[name] <= high:
+            raise InputError(f"--{name.replace('_', '-')} {config[name]}: give a number from {low} "
+                             f"to {high}")
+    if config["warmup_epochs"] > config["epochs"]:
+        config["warmup_epochs"] = config["epochs"] // 10
+    for a, b in (("image_size", "patch_size"), ("dim", "heads"), ("decoder_dim", "decoder_heads")):
+        if a in config and config[a] % config[b]:
+            raise InputError(f"--{a.replace('_', '-')} {config[a]} is not a multiple of "
+                             f"--{b.replace('_', '-')} {config[b]}")
+    return config
+
+
+@dataclass
+class Run:
+    """A run's settings and its place among the processes."""
+    config: dict
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def out(self):
+        return Path(self.config["out"])
+
+    @property
+    def rows(self):
+        """This process's rows of the global batch."""
+        size = self.config["batch_size"] // self.world
+        return range(self.rank * size, (self.rank + 1) * size)
+
+
+def start(config):
+    """Join the other processes (torchrun sets RANK and WORLD_SIZE), choose the device: a `Run`."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        device = torch.device(config["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":
+            device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {config['device']}: cannot be used ({reason})") from None
+    batch = config["batch_size"]
+    if batch % world:
+        nearest = max(round(batch / world), 1) * world
+        raise InputError(f"--batch-size {batch} cannot be divided among {world} processes; the "
+                         f"nearest that can is {nearest}")
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Run(config, rank, world, device)
+
+
+def say(run, text):
+    """Print from the first process only, at once."""
+    if run.rank == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def load_split(run, split):
+    """A split as `Faces`; the first process builds the memory map, the others wait for it."""
+    c = run.config
+    arguments = (c["data"], c["data_dir"], split, c["image_size"], c["labels"], c["partial"], c["cache"])
+    if run.rank > 0:
+        dist.barrier()
+    faces = load_faces(*arguments)
+    if run.world > 1 and run.rank == 0:
+        dist.barrier()
+    return faces
+
+
+def command_line(main):
+    """Run a script's main; a wrong input is one line on stderr and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# -------------------------------------------------------------- what both stages need: optimisation
+
+def parameter_groups(model, weight_decay, depth, layer_decay=1.0):
+    """Groups for AdamW, one for each layer and kind; `scale` multiplies the group's learning rate.
+
+    With layer-wise decay (BEiT, MaskFeat), block i of the encoder has scale layer_decay^(depth - i),
+    the embeddings layer_decay^(depth + 1), and what comes after the encoder 1. No weight decay on
+    1-D parameters (norms, biases), tokens and positions.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        parts = name.split(".")
+        layer = depth + 1
+        if parts[:2] == ["encoder", "blocks"]:
+            layer = int(parts[2]) + 1
+        elif parts[:2] in (["encoder", "patch_embed"], ["encoder", "class_token"],
+                           ["encoder", "positions"]):
+            layer = 0
+        decay = 0.0 if p.ndim == 1 or parts[-1] in ("class_token", "positions", "mask_token") \
+            else weight_decay
+        group = groups.setdefault((layer, decay), {
+            "params": [], "weight_decay": decay, "scale": layer_decay ** (depth + 1 - layer)})
+        group["params"].append(p)
+    return list(groups.values())
+
+
+def learning_rate(step, steps, warmup, peak, floor=1e-6):
+    """Linear warm-up from `floor` to `peak` in `warmup` steps, then a cosine back to `floor`."""
+    if step < warmup:
+        return floor + (peak - floor) * step / warmup
+    done = (step - warmup) / max(steps - warmup, 1)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def precision(device):
+    """Autocast's dtype: bf16 on a CUDA device that has it, else fp16; None (off) on a CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+# --------------------------------------------------------------- what both stages need: checkpoints
+
+def save_checkpoint(path, state):
+    """Write beside, flush to the disk, then rename: at any moment `path` is a whole checkpoint."""
+    beside = path.with_suffix(".tmp")
+    with open(beside, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def load_checkpoint(path, stage=None):
+    """Read a checkpoint of ours (weights only: no code in it can run), or an InputError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such checkpoint") from None
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); it is "
+                         "truncated or not ours") from None
+    if not isinstance(state, dict) or "stage" not in state:
+        raise InputError(f"{path}: not a checkpoint of pretrain.py or train.py")
+    if stage and state["stage"] != stage:
+        raise InputError(f"{path}: a checkpoint of {state['stage']}.py; {stage}.py's is needed")
+    return state
+
+
+def load_weights(model, weights, where):
+    """Load every weight, or an InputError that counts what is missing, superfluous, misshapen."""
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [f"{k} is {tuple(weights[k].shape)}, the model's {tuple(own[k].shape)}"
+              for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
+    if missing or extra or shapes:
+        first = (shapes + missing + extra)[0]
+        raise InputError(f"{where}: weights of another model ({len(missing)} missing, {len(extra)} "
+                         f"superfluous, {len(shapes)} of other shape; first: {first}); give the "
+                         "same --scale and sizes")
+    model.load_state_dict(weights)
+
+
+# Settings that may differ when a run is resumed: they do not change what is computed.
+FREE = ("resume", "workers", "device", "out", "data_dir", "cache")
+
+
+def resume(run, model, optimizer, scaler):
+    """Put the state of last.pt into model, optimizer and scaler and return the checkpoint."""
+    path = run.out / "last.pt"
+    if not path.exists():
+        raise InputError(f"{path}: nothing to resume; leave --resume out to start")
+    state = load_checkpoint(path, run.config["stage"])
+    old, new = state["config"], run.config
+    changed = [f"{k} was {old.get(k)}, is {new.get(k)}" for k in sorted(old.keys() | new.keys())
+               if k not in FREE and old.get(k) != new.get(k)]
+    if changed:
+        raise InputError(f"{path}: other settings than this command's: {'; '.join(changed)}")
+    load_weights(model, state["model"], path)
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    return state
+
+
+def write_config(run):
+    """config.json: the resolved settings, the command, versions and the commit; also printed."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                            capture_output=True, text=True).stdout.strip()
+    about = {**run.config, "command": " ".join(sys.argv), "commit": commit or None,
+             "processes": run.world, "device": str(run.device), "python": sys.version.split()[0],
+             "torch": torch.__version__, "torchvision": torchvision.__version__}
+    if run.rank == 0:
+        try:
+            run.out.mkdir(parents=True, exist_ok=True)
+            (run.out / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+        except OSError as error:
+            raise InputError(f"--out {run.out}: cannot be written ({error.strerror})") from None
+    say(run, "  ".join(f"{k}={v}" for k, v in run.config.items() if v not in (None, False)))
+
+
+# ------------------------------------------------------------------ what both stages need: the loop
+
+def batches(run, faces, epoch, first):
+    """The local part of each global batch of an epoch from step `first` on: (images, indices).
+
+    The order is a permutation drawn from seed and epoch; what does not fill a batch waits for the
+    next epoch's order. So no face is seen twice in an epoch, by any number of processes.
+    """
+    size = run.config["batch_size"]
+    generator = torch.Generator().manual_seed(run.config["seed"] * 1_000_003 + epoch)
+    order = torch.randperm(len(faces), generator=generator)
+    steps = len(faces) // size
+    local = order[:steps * size].reshape(steps, size)[first:, run.rows.start:run.rows.stop]
+    loader = DataLoader(faces, sampler=local.tolist(), batch_size=None,
+                        num_workers=run.config["workers"], pin_memory=run.device.type == "cuda")
+    for images, indices in zip(loader, local):
+        yield images.to(run.device, non_blocking=True), indices
+
+
+def fit(run, model, optimizer, faces, step_loss, extra=dict, end_of_epoch=None):
+    """Train for the epochs of the settings, from the start or from the run folder's checkpoint.
+
+    step_loss(network, images, indices, step) -> (loss, {name: scalar tensor}) is one step's
+    computation; extra() is more state for the checkpoint; end_of_epoch(epoch) -> {name: number} is
+    logged beside the means of the step's scalars. All that is random is a function of the seed and
+    the step, so a resumed run draws what an uninterrupted one draws.
+    """
+    c, dtype = run.config, precision(run.device)
+    scaler = torch.amp.GradScaler(run.device.type, enabled=dtype == torch.float16)
+    steps = len(faces) // c["batch_size"]
+    if not steps:
+        raise InputError(f"--batch-size {c['batch_size']} is more than the {len(faces)} faces")
+    state = resume(run, model, optimizer, scaler) if c["resume"] else {"step": 0, "log": []}
+    step, log = state["step"], state["log"]
+    write_config(run)
+    write_log(run, log)
+    network = DistributedDataParallel(model) if run.world > 1 else model
+    for epoch in range(step // steps, c["epochs"]):
+        model.train()
+        sums, begin = {}, time.time()
+        bar = tqdm(batches(run, faces, epoch, step % steps), f"epoch {epoch + 1}/{c['epochs']}", steps,
+                   leave=False, disable=run.rank > 0 or not sys.stderr.isatty())
+        for images, indices in bar:
+            lr = learning_rate(step, steps * c["epochs"], steps * c["warmup_epochs"], c["lr"])
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["scale"]
+            torch.manual_seed((c["seed"] * 1_000_003 + step) * run.world + run.rank)   # drop path
+            with torch.autocast(run.device.type, dtype, enabled=dtype is not None):
+                loss, numbers = step_loss(network, images, indices, step)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), c["clip"])
+            scaler.step(optimizer)
+            scaler.update()
+            for name, value in numbers.items():
+                sums[name] = sums.get(name, 0) + value.detach().double()
+            step += 1
+        record = {"epoch": epoch + 1, **mean_over_processes(run, sums, steps), "lr": lr,
+                  "images_per_second": round(steps * c["batch_size"] / (time.time() - begin), 1)}
+        if end_of_epoch:
+            record.update(end_of_epoch(epoch, record))
+        log.append(record)
+        say(run, f"epoch {epoch + 1}/{c['epochs']}  " + "  ".join(
+            f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"))
+        if run.rank == 0:
+            save_checkpoint(run.out / "last.pt", {
+                "stage": c["stage"], "config": c, "step": step, "log": log, "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), **extra()})
+        write_log(run, log)
+
+
+def mean_over_processes(run, sums, steps):
+    """Sums over steps of this process -> means over steps and processes, as numbers."""
+    values = torch.stack(list(sums.values())) / steps                      # (scalars,)
+    if run.world > 1:
+        dist.all_reduce(values)
+        values = values / run.world
+    return dict(zip(sums, values.tolist()))
+
+
+def write_log(run, log):
+    """log.jsonl: one object an epoch; rewritten beside and renamed."""
+    if run.rank == 0:
+        beside = run.out / "log.tmp"
+        beside.write_text("".join(json.dumps(record) + "\n" for record in log))
+        os.replace(beside, run.out / "log.jsonl")
+
+
+def uniforms(run, step, columns=12):
+    """This process's rows of the step's random numbers, (b, columns) in [0, 1)."""
+    generator = torch.Generator().manual_seed((run.config["seed"] * 1_000_003 + step) * 2 + 1)
+    u = torch.rand(run.config["batch_size"], columns, generator=generator)
+    return u[run.rows.start:run.rows.stop].to(run.device)
+
+
+# ---------------------------------------------------------------------------------------- stage 1
+
+def build_encoder(config, drop_path_rate=0.0):
+    """The ViT of the settings."""
+    return ViT(config["image_size"], config["patch_size"], config["dim"], config["depth"],
+               config["heads"], drop_path_rate=drop_path_rate)
+
+
+def build_masked_model(config):
+    """Encoder and reconstruction decoder of the settings."""
+    target_dim = 108 if config["target"] == "hog" else 3 * config["patch_size"] ** 2
+    return MaskedModel(build_encoder(config), target_dim, config["decoder_dim"],
+                       config["decoder_depth"], config["decoder_heads"], config["encoder"])
+
+
+def mean_target(run, faces):
+    """The mean target of each position over (at most 1,024) faces, (1, N, T): the trivial answer."""
+    c, total, count = run.config, 0.0, min(len(faces), 1024)
+    for i in range(0, count, 64):
+        images = prepare(faces[range(i, min(i + 64, count))].to(run.device), c["image_size"], c["data"])
+        total = total + make_targets(images, c["target"], c["patch_size"]).sum(0, keepdim=True)
+    return total / count
+
+
+def main(argv=None):
+    parser = make_parser(__doc__, SETTINGS)
+    parser.add_argument("--target", default="hog", choices=("hog", "pixel"), help="what is predicted")
+    parser.add_argument("--mask", default="block", choices=("block", "random"), help="kind of mask")
+    parser.add_argument("--encoder", default="visible", choices=("visible", "maskfeat"),
+                        help="sees visible patches only, or mask tokens too as MaskFeat's does")
+    c = resolve(parser.parse_args(argv), SETTINGS, "pretrain")
+    run = start(c)
+    faces = load_split(run, "train")
+    torch.manual_seed(c["seed"])
+    model = build_masked_model(c).to(run.device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, c["weight_decay"], c["depth"]),
+                                  lr=c["lr"], betas=(0.9, 0.95))
+    trivial = mean_target(run, faces)                                      # (1, N, T)
+    grid = c["image_size"] // c["patch_size"]
+    count = masked_count(grid * grid, c["mask_ratio"])
+    say(run, "\n".join(faces.notes))
+    say(run, f"{sum(p.numel() for p in model.encoder.parameters()):,} parameters in the encoder, "
+             f"{sum(p.numel() for p in model.parameters()):,} in all; {count} of {grid * grid} patches "
+             f"masked; global batch {c['batch_size']} = {run.world} x {len(run.rows)}; {run.device}")
+
+    def step_loss(network, images, indices, step):
+        images = augment(images, uniforms(run, step), c["image_size"], c["data"], c["crop_scale"])
+        seed = c["seed"] * 1_000_003 + step
+        mask = draw_masks(c["mask"], run.rows, grid, count, seed).to(run.device)     # (b, N)
+        target = make_targets(images, c["target"], c["patch_size"])                  # (b, N, T)
+        loss = masked_mse(network(images, mask), target, mask)
+        return loss, {"loss": loss, "trivial": masked_mse(trivial, target, mask)}
+
+    def skill(epoch, record):
+        return {"skill": 1 - record["loss"] / record["trivial"]}
+
+    fit(run, model, optimizer, faces, step_loss, end_of_epoch=skill)
+    say(run, f"pre-trained: {run.out / 'last.pt'}")
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,106 @@
+"""decoder.py: against torch.nn's decoder layer, and what a label query may and may not do."""
+import pytest
+import torch
+from torch import nn
+
+from decoder import Attention, DecoderLayer, LabelDecoder
+
+
+def copy_attention(ours, theirs):
+    """Our attention with the weights of torch.nn.MultiheadAttention."""
+    for layer, weight, bias in zip((ours.q, ours.k, ours.v), theirs.in_proj_weight.chunk(3),
+                                   theirs.in_proj_bias.chunk(3)):
+        layer.weight.data, layer.bias.data = weight.clone(), bias.clone()
+    ours.proj.load_state_dict(theirs.out_proj.state_dict())
+
+
+def layer_pair():
+    """Our layer and torch.nn.TransformerDecoderLayer with the same random weights."""
+    torch.manual_seed(0)
+    theirs = nn.TransformerDecoderLayer(24, 3, 96, dropout=0.0, activation="gelu", batch_first=True)
+    for p in theirs.parameters():
+        nn.init.normal_(p, std=0.3)
+    ours = DecoderLayer(24, 3, dropout=0.0)
+    copy_attention(ours.self_attn, theirs.self_attn)
+    copy_attention(ours.cross_attn, theirs.multihead_attn)
+    for mine, other in ((ours.mlp.fc1, theirs.linear1), (ours.mlp.fc2, theirs.linear2),
+                        (ours.norm1, theirs.norm1), (ours.norm2, theirs.norm2), (ours.norm3, theirs.norm3)):
+        mine.load_state_dict(other.state_dict())
+    return ours, theirs
+
+
+def test_layer_equals_torchs():
+    ours, theirs = layer_pair()
+    x, tokens = torch.randn(2, 5, 24, requires_grad=True), torch.randn(2, 9, 24, requires_grad=True)
+    a, b = ours(x, torch.zeros(5, 24), tokens), theirs(x, tokens)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for mine, other in zip(torch.autograd.grad(a.sin().sum(), (x, tokens)),
+                           torch.autograd.grad(b.sin().sum(), (x, tokens))):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
+
+
+def test_queries_are_added_to_queries_and_keys_but_not_to_values():
+    """DETR's rule, by torch.nn.MultiheadAttention."""
+    ours, theirs = layer_pair()
+    x, queries, tokens = torch.randn(2, 5, 24), torch.randn(5, 24), torch.randn(2, 9, 24)
+    y = theirs.norm1(x + theirs.self_attn(x + queries, x + queries, x)[0])
+    y = theirs.norm2(y + theirs.multihead_attn(y + queries, tokens, tokens)[0])
+    y = theirs.norm3(y + theirs.linear2(torch.nn.functional.gelu(theirs.linear1(y))))
+    torch.testing.assert_close(ours(x, queries, tokens), y, rtol=1e-4, atol=1e-5)
+
+
+def make_decoder(layers=2):
+    torch.manual_seed(0)
+    decoder = LabelDecoder(24, 7, 3, layers, dropout=0.1).eval()
+    nn.init.normal_(decoder.weight)
+    return decoder
+
+
+def test_permuting_the_labels_permutes_the_logits():
+    decoder, tokens, order = make_decoder(), torch.randn(3, 9, 24), torch.randperm(7)
+    before = decoder(tokens)
+    for p in (decoder.queries, decoder.weight, decoder.bias):
+        p.data = p.data[order]
+    torch.testing.assert_close(decoder(tokens), before[:, order], rtol=1e-4, atol=1e-5)
+
+
+def test_the_order_of_the_tokens_does_not_matter():
+    decoder, tokens = make_decoder(), torch.randn(3, 9, 24)
+    torch.testing.assert_close(decoder(tokens[:, torch.randperm(9)]), decoder(tokens),
+                               rtol=1e-4, atol=1e-5)
+
+
+def test_a_logit_reads_its_own_output_only():
+    decoder, tokens = make_decoder(), torch.randn(3, 9, 24)
+    before = decoder(tokens)
+    decoder.weight.data[2] += torch.randn(24)
+    changed = (decoder(tokens) - before).abs().max(dim=0).values > 1e-6
+    assert changed.nonzero().flatten().tolist() == [2]
+
+
+def test_attention_maps_are_those_that_were_used():
+    decoder, tokens = make_decoder(), torch.randn(3, 9, 24)
+    logits, maps = decoder(tokens, need_attention=True)
+    assert maps.shape == (3, 2, 3, 7, 9) and logits.equal(decoder(tokens))
+    torch.testing.assert_close(maps.sum(-1), torch.ones(3, 2, 3, 7))
+    attention = Attention(24, 3)
+    query = torch.randn(3, 7, 24)
+    weights, value = attention.weights(query, tokens), attention.split(attention.v(tokens))
+    by_hand = attention.proj((weights @ value).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(query, tokens, tokens), by_hand, rtol=1e-4, atol=1e-5)
+
+
+def test_every_parameter_learns():
+    decoder = make_decoder().train()
+    decoder(torch.randn(3, 9, 24)).square().sum().backward()
+    still = [n for n, p in decoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # Nothing can come from a bias of the keys (the softmax removes it), nor, as x starts at zero and
+    # so all values of the first self-attention are equal, from how that weighs them.
+    assert set(still) == {"layers.0.self_attn.q.weight", "layers.0.self_attn.q.bias",
+                          "layers.0.self_attn.k.weight", "layers.0.self_attn.v.weight"} | {
+        n for n in still if n.endswith(".k.bias")}
+
+
+def test_a_width_that_heads_do_not_divide_is_an_error():
+    with pytest.raises(ValueError, match="cannot be split among 5 heads"):
+        LabelDecoder(24, 7, 5)

@@ -1,0 +1,204 @@
+"""pll.py: each equation once more as plain loops, and what Algorithm 1 must never break."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pll import (candidates_from_votes, generate_candidates, initial_confidence, is_revised,
+                 largest_lead, pll_loss, revise, simplex, target_loss, transition, uniform_loss,
+                 uniform_optimum)
+
+
+def random_problem(n=200, classes=7, seed=0):
+    """Random candidate sets, their uniform confidence and logits: (n, K) each."""
+    torch.manual_seed(seed)
+    candidates = torch.rand(n, classes) < 0.4
+    candidates[torch.arange(n), torch.randint(classes, (n,))] = True
+    return candidates, initial_confidence(candidates), torch.randn(n, classes) * 3
+
+
+def slow_pll_loss(logits, confidence):
+    """Eq. (2), a sample and a class at a time."""
+    total = 0.0
+    for z, c in zip(logits.tolist(), confidence.tolist()):
+        normaliser = sum(math.exp(v) for v in z)
+        total += sum(-c[j] * math.log(math.exp(z[j]) / normaliser) for j in range(len(z)))
+    return total / len(logits)
+
+
+def slow_uniform_loss(queries, tau):
+    """Eq. (3), a pair of labels at a time."""
+    t = [[v / math.sqrt(sum(w * w for w in row)) for v in row] for row in queries.tolist()]
+    classes, total = len(t), 0.0
+    for i in range(classes):
+        inner = 0.0
+        for j in range(classes):
+            inner += math.exp(sum(a * b for a, b in zip(t[i], t[j])) / tau)
+        total += math.log(inner)
+    return total / classes
+
+
+def slow_revise(confidence, logits, threshold):
+    """Eq. (4) and Eq. (5), a sample at a time."""
+    out = []
+    for c, z in zip(confidence.tolist(), logits.tolist()):
+        v = [c[j] / (1 + math.exp(-z[j])) for j in range(len(c))]         # phi * C
+        id1 = max(range(len(v)), key=lambda j: v[j])
+        v2 = max(v[j] for j in range(len(v)) if j != id1)
+        if v[id1] - v2 > threshold:
+            c = [1.0 if j == id1 else 0.0 for j in range(len(c))]
+        out.append(c)
+    return torch.tensor(out)
+
+
+def test_eq2_equals_its_slow_twin():
+    _, confidence, logits = random_problem()
+    assert pll_loss(logits, confidence).item() == pytest.approx(slow_pll_loss(logits, confidence), rel=1e-5)
+
+
+def test_eq2_with_one_candidate_is_cross_entropy():
+    labels, logits = torch.randint(7, (50,)), torch.randn(50, 7)
+    one = F.one_hot(labels, 7).float()
+    torch.testing.assert_close(pll_loss(logits, one), F.cross_entropy(logits, labels))
+
+
+def test_eq2_is_least_where_the_softmax_is_the_confidence():
+    _, confidence, logits = random_problem()
+    best = pll_loss(confidence.clamp(min=1e-30).log(), confidence)
+    entropy = -(confidence * confidence.clamp(min=1e-30).log()).sum(1).mean()
+    torch.testing.assert_close(best, entropy)
+    assert best < pll_loss(logits, confidence)
+
+
+def test_eq3_equals_its_slow_twin():
+    torch.manual_seed(0)
+    queries = torch.randn(7, 12)
+    for tau in (0.07, 0.25, 1.0):
+        assert uniform_loss(queries, tau).item() == pytest.approx(slow_uniform_loss(queries, tau), rel=1e-5)
+
+
+def test_eq3_does_not_depend_on_lengths_rotation_or_order():
+    torch.manual_seed(0)
+    queries = torch.randn(7, 12)
+    rotation = torch.linalg.qr(torch.randn(12, 12)).Q
+    for other in (queries * torch.rand(7, 1).add(0.1), queries @ rotation, queries[torch.randperm(7)]):
+        torch.testing.assert_close(uniform_loss(other, 0.25), uniform_loss(queries, 0.25))
+
+
+@pytest.mark.parametrize("classes, dim", [(7, 6), (8, 64)])
+def test_eq3_is_least_at_the_simplex(classes, dim):
+    points = simplex(classes, dim)
+    cosines = points @ points.T
+    assert points.shape == (classes, dim)
+    expected = torch.full((classes, classes), -1 / (classes - 1)).fill_diagonal_(1.0)
+    torch.testing.assert_close(cosines, expected, rtol=1e-4, atol=1e-5)
+    for tau in (0.07, 0.25):
+        assert uniform_loss(points, tau).item() == pytest.approx(uniform_optimum(classes, tau), rel=1e-5)
+        torch.manual_seed(0)
+        assert all(uniform_loss(torch.randn(classes, dim), tau) > uniform_optimum(classes, tau)
+                   for _ in range(20))
+
+
+def test_minimising_eq3_reaches_the_simplex():
+    torch.manual_seed(0)
+    queries = torch.randn(7, 16, requires_grad=True)
+    optimizer = torch.optim.Adam([queries], lr=0.05)
+    for _ in range(400):
+        optimizer.zero_grad()
+        uniform_loss(queries, 0.25).backward()
+        optimizer.step()
+    assert uniform_loss(queries, 0.25).item() == pytest.approx(uniform_optimum(7, 0.25), abs=1e-4)
+    cosines = F.normalize(queries.detach(), dim=1) @ F.normalize(queries.detach(), dim=1).T
+    assert (cosines.fill_diagonal_(-1 / 6) + 1 / 6).abs().max() < 0.02
+
+
+def test_target_loss_is_zero_only_at_the_targets():
+    points = simplex(7, 16)
+    assert target_loss(points * 3, points).item() == pytest.approx(0, abs=1e-6)
+    assert target_loss(points.roll(1, 0), points).item() == pytest.approx(1 + 1 / 6, rel=1e-5)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.3])
+def test_eq4_and_eq5_equal_their_slow_twin(threshold):
+    _, confidence, logits = random_problem()
+    fast = revise(confidence, logits, threshold)
+    torch.testing.assert_close(fast, slow_revise(confidence, logits, threshold))
+    assert 0 < is_revised(fast).sum() and not fast.equal(confidence)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.05, 0.2, 0.4])
+def test_confidence_stays_on_the_simplex_and_in_the_set_and_a_revision_lasts(threshold):
+    candidates, confidence, _ = random_problem()
+    for step in range(20):
+        torch.manual_seed(step)
+        logits = torch.randn(200, 7) * 10
+        logits[::7] -= 300                       # sigmoids that underflow to 0
+        after = revise(confidence, logits, threshold)
+        torch.testing.assert_close(after.sum(1), torch.ones(200))
+        assert (after >= 0).all() and (after[~candidates] == 0).all()
+        lasting = is_revised(confidence)
+        assert after[lasting].equal(confidence[lasting])
+        confidence = after
+
+
+def test_a_threshold_of_half_or_more_never_fires_from_the_uniform_start():
+    candidates, confidence, _ = random_problem()
+    several = candidates.sum(1) >= 2
+    extreme = torch.where(candidates & (candidates.cumsum(1) == 1), 50.0, -50.0)   # phi is 1 or 0
+    assert not is_revised(revise(confidence, extreme, 0.5))[several].any()
+    assert is_revised(revise(confidence, extreme, 0.499))[candidates.sum(1) == 2].all()
+    assert largest_lead(confidence).equal(1 / candidates.sum(1))
+
+
+def test_revise_leaves_its_argument_alone_and_has_no_gradient():
+    _, confidence, logits = random_problem()
+    before, logits = confidence.clone(), logits.requires_grad_()
+    assert not revise(confidence, logits, 0.0).requires_grad and confidence.equal(before)
+
+
+def test_permuting_the_classes_permutes_everything():
+    _, confidence, logits = random_problem()
+    order = torch.randperm(7)
+    torch.testing.assert_close(pll_loss(logits[:, order], confidence[:, order]),
+                               pll_loss(logits, confidence))
+    assert revise(confidence[:, order], logits[:, order], 0.1).equal(
+        revise(confidence, logits, 0.1)[:, order])
+
+
+def test_candidates_from_votes():
+    votes = torch.tensor([[5.0, 1, 0, 4], [1, 1, 0, 1], [9, 0, 0, 0]])
+    assert candidates_from_votes(votes).int().tolist() == [[1, 1, 0, 1], [1, 1, 0, 1], [1, 0, 0, 0]]
+    assert candidates_from_votes(votes, 2).int().tolist() == [[1, 0, 0, 1], [1, 1, 0, 1], [1, 0, 0, 0]]
+    with pytest.raises(ValueError, match="row 1 has no votes"):
+        candidates_from_votes(torch.tensor([[1.0, 0], [0, 0]]))
+
+
+def test_initial_confidence_is_uniform_or_the_vote_share():
+    votes = torch.tensor([[6.0, 1, 0, 3]])
+    candidates = candidates_from_votes(votes)
+    torch.testing.assert_close(initial_confidence(candidates), torch.tensor([[1 / 3, 1 / 3, 0, 1 / 3]]))
+    torch.testing.assert_close(initial_confidence(candidates_from_votes(votes, 2), votes),
+                               torch.tensor([[6 / 9, 0, 0, 3 / 9]]))
+
+
+def test_generated_candidates_follow_the_transition_matrix():
+    assert transition(5, "lw1")[4].tolist() == [0.5, 0, 0, 0, 1.0]
+    assert transition(5, "lw2")[0].tolist() == pytest.approx([1, 0.3, 0, 0, 0.3])
+    assert transition(8, "lw4")[0].tolist() == pytest.approx([1, 0.5, 0.3, 0.1, 0, 0.1, 0.3, 0.5])
+    labels = torch.arange(40_000) % 8
+    sets = generate_candidates(labels, transition(8, "lw4"), seed=0)
+    assert sets[torch.arange(40_000), labels].all()
+    for i in range(8):
+        torch.testing.assert_close(sets[labels == i].float().mean(0), transition(8, "lw4")[i],
+                                   atol=0.03, rtol=0)
+    assert sets.equal(generate_candidates(labels, transition(8, "lw4"), seed=0))
+    assert not sets.equal(generate_candidates(labels, transition(8, "lw4"), seed=1))
+
+
+def test_losses_are_fp32_under_autocast():
+    _, confidence, logits = random_problem()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert pll_loss(logits, confidence).dtype == torch.float32
+        assert uniform_loss(torch.randn(7, 8, dtype=torch.bfloat16)).dtype == torch.float32
+        assert revise(confidence, logits.bfloat16(), 0.1).dtype == torch.float32
