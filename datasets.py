@@ -432,8 +432,8 @@ def toy_face(units, rng, side):
     """Draw a face with these action units and a random identity, pose and light: PIL RGB."""
     inner, outer, lower, lid, tight, wrinkle, lip, smile, frown, stretch, press, jaw = units
     big, uniform = 3 * side, rng.uniform
-    turn, tilt, zoom = uniform(-0.05, 0.05), math.radians(uniform(-10, 10)), uniform(0.88, 1.02)
-    shift = uniform(-0.03, 0.03, 2)
+    turn, tilt, zoom = uniform(-0.03, 0.03), math.radians(uniform(-5, 5)), uniform(0.95, 1.02)
+    shift = uniform(-0.015, 0.015, 2)
     skin = np.array([[241, 206, 180], [224, 172, 136], [186, 128, 92], [122, 80, 56]][rng.integers(4)])
     skin = np.clip(skin * uniform(0.92, 1.08) + rng.normal(0, 3, 3), 40, 250)
     dark, hair = tuple((skin * 0.55).astype(int)), tuple(int(v) for v in rng.integers(15, 110) *

@@ -37,7 +37,7 @@ from vit import from_torchvision, interpolate_positions
 # setting: (paper, laptop, smallest, largest, meaning). Every one is a flag of the same name.
 SETTINGS = {
     **MODEL_SETTINGS,
-    "decoder_layers": (2, 1, 1, 12, "layers of the label decoder"),
+    "decoder_layers": (2, 2, 1, 12, "layers of the label decoder"),
     "epochs": (100, 15, 1, 100_000, "epochs"),
     "batch_size": (320, 64, 1, 1_000_000, "faces a step, all processes together"),
     "lr": (1e-4, 1e-3, 0.0, 10.0, "highest learning rate, that of the head"),
@@ -47,8 +47,8 @@ SETTINGS = {
     "clip": (1.0, 1.0, 0.0, 1e9, "largest norm of the gradient"),
     "drop_path": (0.1, 0.0, 0.0, 0.9, "how often the last block's branches are dropped"),
     "dropout": (0.1, 0.0, 0.0, 0.9, "dropout in the label decoder"),
-    "crop_scale": (0.5, 0.7, 0.01, 1.0, "smallest area of a random crop"),
-    "degrees": (15.0, 10.0, 0.0, 180.0, "largest rotation"),
+    "crop_scale": (0.5, 0.8, 0.01, 1.0, "smallest area of a random crop"),
+    "degrees": (15.0, 5.0, 0.0, 180.0, "largest rotation"),
     "light": (0.3, 0.2, 0.0, 1.0, "largest change of brightness and contrast"),
     "erase": (0.25, 0.0, 0.0, 1.0, "how often a rectangle is erased"),
     "min_votes": (1, 1, 1, 1000, "votes that make a label a candidate"),

@@ -1,5 +1,63 @@
-"""Let the tests import the project's files from wherever pytest is started."""
+"""What the tests share: the project's files on the path, and runs of its command lines."""
+import json
+import os
 import pathlib
+import subprocess
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import pytest
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# A run of seconds: small pictures, a small model, few steps (counts of the toy: 2000, 500, 1000).
+TINY = ("--image-size 16 --patch-size 4 --dim 16 --depth 2 --heads 2 --batch-size 250 --epochs 2 "
+        "--warmup-epochs 1").split()
+
+
+def run_script(script, *flags, processes=1, status=0, cwd=None):
+    """Run a script as a user does and return the finished process; the exit status is checked."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command + [str(ROOT / script), *map(str, flags)], capture_output=True,
+                          text=True, cwd=cwd, env=environment, timeout=300)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done
+
+
+def read_log(folder):
+    """The epochs of log.jsonl, without what depends on the clock."""
+    lines = (pathlib.Path(folder) / "log.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
+
+
+def read_state(folder):
+    """last.pt as a dict."""
+    return torch.load(pathlib.Path(folder) / "last.pt", weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """One folder for the memory maps of all tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory, cache):
+    """A tiny pre-training run of the toy."""
+    out = tmp_path_factory.mktemp("runs") / "pretrain"
+    run_script("pretrain.py", *TINY, "--decoder-dim", 8, "--decoder-heads", 2, "--out", out,
+               "--cache", cache)
+    return out
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, cache, pretrained):
+    """A tiny training run on it, revising from the second epoch."""
+    out = tmp_path_factory.mktemp("runs") / "train"
+    run_script("train.py", *TINY, "--init", pretrained, "--out", out, "--cache", cache,
+               "--warmup-revision", 1, "--threshold", 0.02)
+    return out

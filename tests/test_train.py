@@ -1,0 +1,170 @@
+"""The command lines: what a run leaves behind, resume, two processes against one, wrong input."""
+import json
+import shutil
+
+import pytest
+import torch
+
+import evaluate
+import pretrain
+import train
+from conftest import ROOT, TINY, read_log, read_state, run_script
+from pll import initial_confidence, is_revised
+from pretrain import command_line
+
+
+def same(a, b, tolerance=0.0):
+    """Two nested states are equal, floating-point values within the tolerance."""
+    if isinstance(a, torch.Tensor) and a.is_floating_point():
+        return a.shape == b.shape and (a - b).abs().max().item() <= tolerance if a.numel() else True
+    if isinstance(a, torch.Tensor):
+        return a.equal(b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k], tolerance) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b))
+    if isinstance(a, float):
+        return abs(a - b) <= tolerance
+    return a == b
+
+
+def test_a_run_leaves_checkpoint_config_and_log(pretrained, trained):
+    for folder in (pretrained, trained):
+        assert {p.name for p in folder.iterdir()} == {"last.pt", "config.json", "log.jsonl"}
+        config = json.loads((folder / "config.json").read_text())
+        assert {"command", "commit", "torch", "seed", "lr", "batch_size", "processes"} <= config.keys()
+        assert [r["epoch"] for r in read_log(folder)] == [1, 2]
+    log = read_log(pretrained)
+    assert all(r["skill"] == pytest.approx(1 - r["loss"] / r["trivial"]) for r in log)
+    assert log[1]["loss"] < log[0]["loss"]
+    log = read_log(trained)
+    assert all(r["loss"] == pytest.approx(r["pll"] + r["uniform"], rel=1e-5) for r in log)
+    assert {"val_accuracy", "train_accuracy", "trivial", "revised"} <= log[0].keys()
+
+
+def test_confidence_after_training_is_a_revision_of_the_start(trained):
+    state, log = read_state(trained), read_log(trained)
+    candidates, confidence = state["candidates"], state["confidence"]
+    several = candidates.sum(1) > 1
+    revised = is_revised(confidence) & several
+    assert log[0]["revised"] == 0 < log[1]["revised"] == pytest.approx(revised.float().mean().item())
+    torch.testing.assert_close(confidence.sum(1), torch.ones(2000))
+    assert (confidence[~candidates] == 0).all()
+    start = initial_confidence(candidates)
+    assert confidence[~revised].equal(start[~revised])
+
+
+def test_the_encoder_starts_from_pre_training(pretrained, trained, tmp_path, cache):
+    run_script("train.py", *TINY, "--init", pretrained, "--out", tmp_path, "--cache", cache,
+               "--epochs", 1, "--lr", 0, "--warmup-epochs", 0)
+    before, after = read_state(pretrained)["model"], read_state(tmp_path)["model"]
+    for name, value in after.items():
+        if name.startswith("encoder."):
+            torch.testing.assert_close(value, before[name], rtol=1e-3, atol=1e-4)
+    assert not same(read_state(trained)["model"], after, 1e-3)
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("pretrain.py", ["--decoder-dim", 8, "--decoder-heads", 2]),
+    ("train.py", ["--init", "none", "--warmup-revision", 1, "--threshold", 0.02, "--dropout", 0.1,
+                  "--drop-path", 0.1, "--erase", 0.2])])
+def test_interrupted_equals_uninterrupted(script, flags, tmp_path, cache):
+    """Stopped after its first epoch and resumed, a run ends with the same bits."""
+    flags = [*TINY, *flags, "--cache", cache]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run_script(script, *flags, "--out", whole)
+    code = ("import sys, pretrain; save = pretrain.save_checkpoint\n"
+            "def once(*a): save(*a); sys.exit(9)\n"
+            "pretrain.save_checkpoint = once\n"
+            f"import {script[:-3]} as stage; stage.main({[str(f) for f in flags]} + ['--out', {str(parts)!r}])")
+    stop = tmp_path / "stop.py"
+    stop.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}\n")
+    run_script(stop, status=9)
+    assert len(read_state(parts)["log"]) == 1
+    run_script(script, *flags, "--out", parts, "--resume")
+    assert read_log(parts) == read_log(whole)
+    a, b = read_state(parts), read_state(whole)
+    for key in a.keys() - {"config", "log"}:
+        assert same(a[key], b[key]), key
+
+
+@pytest.mark.parametrize("script, flags", [
+    ("pretrain.py", ["--decoder-dim", 8, "--decoder-heads", 2]),
+    ("train.py", ["--init", "none", "--warmup-revision", 1, "--threshold", 0.02])])
+def test_two_processes_equal_one(script, flags, tmp_path, cache):
+    flags = [*TINY, *flags, "--cache", cache]
+    run_script(script, *flags, "--out", tmp_path / "one")
+    run_script(script, *flags, "--out", tmp_path / "two", processes=2)
+    assert same(read_log(tmp_path / "one"), read_log(tmp_path / "two"), 1e-4)
+    one, two = read_state(tmp_path / "one"), read_state(tmp_path / "two")
+    assert same(one["model"], two["model"], 1e-3)
+    if script == "train.py":
+        assert one["candidates"].equal(two["candidates"])
+        differing = (one["confidence"] != two["confidence"]).any(1).float().mean()
+        assert differing < 0.002 and is_revised(two["confidence"]).float().mean() > 0.3
+
+
+def test_evaluation_prints_text_and_json_and_is_exact_with_two_processes(trained, cache):
+    text = run_script("evaluate.py", trained).stdout
+    result = json.loads(run_script("evaluate.py", trained, "--json").stdout)
+    assert f"accuracy             {result['accuracy']:7.2%}   of 1000 faces" in text
+    confusion = torch.tensor(result["confusion"])
+    assert confusion.sum() == 1000
+    assert result["accuracy"] == pytest.approx(confusion.diag().sum().item() / 1000)
+    recalls = [row["recall"] for row in result["per_class"].values()]
+    assert result["mean_class_accuracy"] == pytest.approx(sum(recalls) / 7)
+    assert result["majority_class_rate"] == confusion.sum(1).max().item() / 1000
+    two = json.loads(run_script("evaluate.py", trained, "--json", processes=2).stdout)
+    assert two["confusion"] == result["confusion"]
+    val = json.loads(run_script("evaluate.py", trained, "--json", "--split", "val").stdout)
+    assert val["accuracy"] == pytest.approx(read_log(trained)[-1]["val_accuracy"])
+
+
+def test_mean_class_accuracy_leaves_out_classes_that_do_not_occur():
+    labels, predicted = torch.tensor([0, 0, 0, 2]), torch.tensor([0, 0, 1, 2])
+    assert train.accuracies(predicted, labels, 4) == pytest.approx((0.75, (2 / 3 + 1) / 2))
+
+
+def test_a_held_out_share_is_not_trained_on(tmp_path, cache):
+    run_script("train.py", *TINY, "--init", "none", "--out", tmp_path, "--cache", cache, "--epochs", 1,
+               "--val", 0.2)
+    assert read_state(tmp_path)["confidence"].shape == (1600, 7)
+
+
+def test_resuming_with_other_settings_is_refused_with_the_differences(trained, cache, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    done = run_script("train.py", *TINY, "--out", tmp_path / "run", "--cache", cache, "--resume",
+                      "--warmup-revision", 1, "--threshold", 0.1, status=2)
+    assert "init was " in done.stderr and "threshold was 0.02, is 0.1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script, flags, message", [
+    (train, [], "runs/pretrain-toy/last.pt: no pre-training run; make it with: python pretrain.py"),
+    (train, ["--init", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
+    (train, ["--threshold", "1"], "--threshold 1.0: give a number from 0.0 to 0.9999"),
+    (train, ["--data", "raf", "--init", "none", *TINY], "data/raf: there is no such folder (--data-dir)"),
+    (pretrain, ["--resume"], "runs/pretrain-toy/last.pt: nothing to resume"),
+    (pretrain, ["--epochs", "0"], "--epochs 0: give a number from 1"),
+    (pretrain, ["--image-size", "50"], "--image-size 50 is not a multiple of --patch-size 8"),
+    (pretrain, ["--dim", "30", "--heads", "4"], "--dim 30 is not a multiple of --heads 4"),
+    (pretrain, [*TINY, "--batch-size", "5000"], "--batch-size 5000 is more than the 2000 faces"),
+    (pretrain, ["--device", "quantum"], "--device quantum: cannot be used"),
+    (pretrain, [*TINY, "--out", "/dev/null/x"], "--out /dev/null/x: cannot be written"),
+    (evaluate, [], "runs/train-toy: no such run; make it with: python train.py"),
+    (evaluate, [__file__], "test_train.py: not a readable checkpoint")])
+def test_wrong_input_is_one_line_and_status_2(script, flags, message, tmp_path, cache, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if script is not evaluate:
+        flags = [*flags, "--cache", str(cache)]
+    with pytest.raises(SystemExit) as stop:
+        command_line(lambda: script.main(flags))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error
+    assert error.startswith("error: ") and "Traceback" not in error
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest_that_does(tmp_path, cache):
+    done = run_script("pretrain.py", *TINY, "--batch-size", 251, "--out", tmp_path, "--cache", cache,
+                      processes=2, status=1)
+    assert "--batch-size 251 cannot be divided among 2 processes; the nearest that can is 252" in done.stderr
