@@ -228,17 +228,17 @@ def layout_error(data, data_dir, found):
 def voted_label(votes, classes, convention):
     """The crowd's label from the counts of all columns (`classes` real ones first), or None.
 
-    "argmax": the most voted column, the first of several; None if that is not a class (unknown or
-    no face). "majority" (FER+): columns with a single vote are set to 0, and the top must then have
-    more than half of what is left.
+    "argmax": the most voted class, the first of several; None if another column (unknown, no face)
+    has as many votes. "majority" (FER+): columns with a single vote are set to 0, and the top must
+    then have more than half of what is left.
     """
     votes = np.asarray(votes)
     if convention == "majority":
         votes = np.where(votes > 1, votes, 0)
         if votes.max() <= votes.sum() / 2:
             return None
-    top = int(votes.argmax())
-    return top if top < classes and votes[top] > 0 else None
+    top = int(votes[:classes].argmax())
+    return top if votes[top] > max(votes[classes:], default=0) else None
 
 
 def list_ferplus(root, split, convention, partial):
