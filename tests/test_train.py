@@ -4,11 +4,13 @@ import shutil
 
 import pytest
 import torch
+import torchvision
 
 import evaluate
 import pretrain
 import train
 from conftest import ROOT, TINY, read_log, read_state, run_script
+from datasets import InputError
 from pll import initial_confidence, is_revised
 from pretrain import command_line
 
@@ -168,3 +170,52 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_does(tmp_path, cach
     done = run_script("pretrain.py", *TINY, "--batch-size", 251, "--out", tmp_path, "--cache", cache,
                       processes=2, status=1)
     assert "--batch-size 251 cannot be divided among 2 processes; the nearest that can is 252" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [["--target", "pixel", "--mask", "random"], ["--encoder", "maskfeat"]])
+def test_the_other_ways_of_pre_training_learn_too(flags, tmp_path, cache):
+    pretrain.main([*TINY, *flags, "--decoder-dim", "8", "--decoder-heads", "2", "--lr", "3e-3", "--out",
+                   str(tmp_path), "--cache", str(cache)])
+    log = read_log(tmp_path)
+    assert log[1]["loss"] < log[0]["loss"]
+
+
+def test_imagenet_weights_are_torchvisions(monkeypatch):
+    weights = torchvision.models.vit_b_16(weights=None).state_dict()
+    monkeypatch.setattr(torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.__class__, "get_state_dict",
+                        lambda self, **_: weights)
+    config = dict(init="imagenet", data="raf", image_size=224, patch_size=16, dim=768, depth=12, heads=12)
+    encoder = pretrain.build_encoder(config)
+    assert "all 150 tensors from torchvision's IMAGENET1K_V1" in train.initial_weights(config, encoder)
+    assert encoder.blocks[11].attn.qkv.weight.equal(
+        weights["encoder.layers.encoder_layer_11.self_attention.in_proj_weight"])
+    smaller = pretrain.build_encoder({**config, "image_size": 112})
+    train.initial_weights(config, smaller)                   # positions are interpolated
+    assert smaller.positions.shape == (1, 50, 768)
+    with pytest.raises(InputError, match="weights of another model"):
+        train.initial_weights(config, pretrain.build_encoder({**config, "dim": 192}))
+
+
+def test_a_label_is_learned_from_sets_that_are_never_single():
+    """Sets of two in which the true label alone is constant: the recogniser finds it."""
+    torch.manual_seed(0)
+    model = train.Recogniser(pretrain.build_encoder(dict(image_size=8, patch_size=4, dim=16, depth=1,
+                                                         heads=2)), train.LabelDecoder(16, 4, 2, 2, 0.0))
+    truth = torch.arange(64) % 4
+    images = torch.randn(4, 3, 8, 8)[truth] + 0.1 * torch.randn(64, 3, 8, 8)
+    other = (truth + torch.randint(1, 4, (64,))) % 4
+    candidates = torch.zeros(64, 4, dtype=torch.bool)
+    candidates[range(64), truth], candidates[range(64), other] = True, True
+    confidence = initial_confidence(candidates)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for step in range(120):
+        logits = model(images)
+        uniform = train.uniform_loss(model.head.queries, 0.25)
+        if step >= 60:
+            confidence = train.revise(confidence, logits, 0.1)
+        loss = train.pll_loss(logits, confidence) + uniform
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (confidence.argmax(1) == truth).float().mean() > 0.95
+    assert is_revised(confidence).float().mean() > 0.9
