@@ -42,23 +42,22 @@ class InputError(Exception):
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AFFECTNET = "neutral happiness sadness surprise fear disgust anger contempt".split()
+FERPLUS = "neutral happiness surprise sadness anger disgust fear contempt".split()
+RAF = "surprise fear disgust happiness sadness anger neutral".split()
 # data: class names in the official order; stored side in pixels, channels; official counts of each
 # split (FERPlus: rows of its csv; AffectNet: a class, its training counts differ by release);
 # mean and standard deviation of a channel, pixels in 0 .. 1.
 DATA = {
-    "toy": dict(classes=AFFECTNET[:7], side=96, channels=3,
-                counts=dict(train=2000, val=500, test=1000),
-                mean=IMAGENET_MEAN, std=IMAGENET_STD),
-    "ferplus": dict(classes="neutral happiness surprise sadness anger disgust fear contempt".split(),
-                    side=48, channels=1, counts=dict(train=28_709, val=3_589, test=3_589),
-                    mean=(0.508,) * 3, std=(0.255,) * 3),
-    "raf": dict(classes="surprise fear disgust happiness sadness anger neutral".split(),
-                side=224, channels=3, counts=dict(train=12_271, test=3_068),
-                mean=IMAGENET_MEAN, std=IMAGENET_STD),
-    "affectnet7": dict(classes=AFFECTNET[:7], side=224, channels=3, counts=dict(train=None, test=500),
-                       mean=IMAGENET_MEAN, std=IMAGENET_STD),
-    "affectnet8": dict(classes=AFFECTNET, side=224, channels=3, counts=dict(train=None, test=500),
-                       mean=IMAGENET_MEAN, std=IMAGENET_STD),
+    "toy": dict(classes=AFFECTNET[:7], side=96, channels=3, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+                counts=dict(train=2000, val=500, test=1000)),
+    "ferplus": dict(classes=FERPLUS, side=48, channels=1, mean=(0.508,) * 3, std=(0.255,) * 3,
+                    counts=dict(train=28_709, val=3_589, test=3_589)),
+    "raf": dict(classes=RAF, side=224, channels=3, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+                counts=dict(train=12_271, test=3_068)),
+    "affectnet7": dict(classes=AFFECTNET[:7], side=224, channels=3, mean=IMAGENET_MEAN,
+                       std=IMAGENET_STD, counts=dict(train=None, test=500)),
+    "affectnet8": dict(classes=AFFECTNET, side=224, channels=3, mean=IMAGENET_MEAN,
+                       std=IMAGENET_STD, counts=dict(train=None, test=500)),
 }
 TREES = {
     "ferplus": """
@@ -152,12 +151,13 @@ def to_array(image, side):
     """PIL image -> uint8 (C, side, side), resized with a low-pass filter."""
     if image.size != (side, side):
         image = image.resize((side, side), Image.Resampling.BICUBIC, reducing_gap=3.0)
-    array = np.asarray(image)                                       # (side, side) or (side, side, 3)
+    array = np.asarray(image)                              # (side, side) or (side, side, 3)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
-# Eyes, nose tip and mouth corners in a crop of 112 x 112 pixels (facts of MobileFaceNet's alignment).
-TEMPLATE = np.array([[38.29, 51.70], [73.53, 51.50], [56.03, 71.74], [41.55, 92.37], [70.73, 92.20]])
+# Eyes, nose tip and mouth corners in a crop of 112 x 112 pixels, as MobileFaceNet is aligned.
+TEMPLATE = np.array([[38.29, 51.70], [73.53, 51.50], [56.03, 71.74],
+                     [41.55, 92.37], [70.73, 92.20]])
 
 
 def similarity(source, target):
@@ -296,8 +296,8 @@ def list_raf(root, split, convention, partial):
     if not table.exists():
         raise layout_error("raf", root, "there is no EmoLabel/list_patition_label.txt")
     if not aligned.is_dir() and not (original.is_dir() and (root / "Annotation/manual").is_dir()):
-        found = "Image/original has no Annotation/manual" if original.is_dir() else "no Image/aligned"
-        raise layout_error("raf", root, found)
+        raise layout_error("raf", root, "Image/original has no Annotation/manual"
+                           if original.is_dir() else "there is no Image/aligned")
     labels = {}
     for line, row in enumerate(table.read_text().splitlines(), 1):
         where, parts = f"{table}, row {line}", row.split()
@@ -314,7 +314,8 @@ def list_raf(root, split, convention, partial):
         found = {r[0]: [number(v, w, whole=False) for v in r[1:]] for w, r in rows if r}
         missing = [n for n in names if len(found.get(n, ())) != 7 or sum(found[n]) == 0]
         if missing:
-            raise InputError(f"{share}: no 7 votes for {missing[0]}; complete the file or remove it")
+            raise InputError(f"{share}: no 7 votes for {missing[0]}; complete the file or remove "
+                             "it")
         votes = [found[n] for n in names]
         labels = {n: int(np.argmax(v)) for n, v in zip(names, votes)}
     file = {n: aligned / n.replace(".jpg", "_aligned.jpg") if aligned.is_dir() else original / n
@@ -325,8 +326,8 @@ def list_raf(root, split, convention, partial):
         if not aligned.is_dir():
             points = root / f"Annotation/manual/{names[i][:-4]}_manu_attri.txt"
             try:
-                values = np.array([p.split()[:2] for p in points.read_text().splitlines()[:5]], float)
-                image = align(image, values.reshape(5, 2), side)
+                rows = [row.split()[:2] for row in points.read_text().splitlines()[:5]]
+                image = align(image, np.array(rows, float).reshape(5, 2), side)
             except (OSError, ValueError) as error:
                 raise InputError(f"{points}: not five rows of x and y ({error})") from None
         return to_array(image, side)
@@ -345,7 +346,8 @@ def list_affectnet(data, root, split, partial):
     folder = root / {"train": "train_set", "test": "val_set"}[split]
     rows, dropped = [], 0                        # (image file, label, landmarks or their file)
     if table.exists():
-        for line, row in read_csv(table, ["subDirectory_filePath", "facial_landmarks", "expression"]):
+        columns = ["subDirectory_filePath", "facial_landmarks", "expression"]
+        for line, row in read_csv(table, columns):
             where, name = f"{table}, row {line}", row["subDirectory_filePath"]
             label = number(row["expression"], where, 0, 10)
             rows.append((inside(root, name, where), label, (where, row["facial_landmarks"])))
@@ -409,11 +411,10 @@ PROTOTYPES = np.array([
 
 
 def toy_sample(seed, split, i):
-    """Truth, units and votes of toy face i: (class, (12,) in 0 .. 1, (7,) counts), and its generator.
+    """Toy face i: class, action units (12,) in 0 .. 1, votes (7,), and the generator to draw it.
 
     A face is its class at some intensity, often blended with a second, similar one. Each of ten
-    annotators perceives the units with noise of their own and names the nearest
-    expression.
+    annotators perceives the units with noise of their own and names the nearest expression.
     """
     rng = np.random.default_rng([seed, ("train", "val", "test").index(split), i])
     truth = rng.integers(7)
@@ -428,71 +429,94 @@ def toy_sample(seed, split, i):
     return int(truth), units, np.bincount(distance.argmin(1), minlength=7), rng
 
 
-def toy_face(units, rng, side):
-    """Draw a face with these action units and a random identity, pose and light: PIL RGB."""
-    inner, outer, lower, lid, tight, wrinkle, lip, smile, frown, stretch, press, jaw = units
-    big, uniform = 3 * side, rng.uniform
+def toy_pens(image, rng):
+    """Two ways to draw in face coordinates (0 .. 1, y downwards), under one random pose."""
+    big, draw, uniform = image.width, ImageDraw.Draw(image), rng.uniform
     turn, tilt, zoom = uniform(-0.03, 0.03), math.radians(uniform(-5, 5)), uniform(0.95, 1.02)
+    rotation = [[math.cos(tilt), math.sin(tilt)], [-math.sin(tilt), math.cos(tilt)]]
     shift = uniform(-0.015, 0.015, 2)
-    skin = np.array([[241, 206, 180], [224, 172, 136], [186, 128, 92], [122, 80, 56]][rng.integers(4)])
-    skin = np.clip(skin * uniform(0.92, 1.08) + rng.normal(0, 3, 3), 40, 250)
-    dark, hair = tuple((skin * 0.55).astype(int)), tuple(int(v) for v in rng.integers(15, 110) *
-                                                         np.array([1.0, 0.8, 0.6]))
-    image = Image.new("RGB", (big, big), tuple(int(v) for v in rng.integers(60, 220, 3)))
-    draw = ImageDraw.Draw(image)
 
-    def place(points):                           # face coordinates, 0 .. 1 -> pixels of the pose
+    def place(points):
         p = (np.asarray(points, float) - 0.5) * zoom
         p[:, 0] += turn * np.cos(p[:, 1] * 2)
-        p = p @ [[math.cos(tilt), math.sin(tilt)], [-math.sin(tilt), math.cos(tilt)]] + 0.5 + shift
-        return [tuple(v) for v in p * big]
+        return [tuple(v) for v in (p @ rotation + 0.5 + shift) * big]
 
-    def oval(x, y, rx, ry, fill):
-        a = np.linspace(0, 2 * np.pi, 40)
-        draw.polygon(place(np.c_[x + rx * np.cos(a), y + ry * np.sin(a)]), fill=fill)
+    def area(points, fill):
+        draw.polygon(place(points), fill=fill)
 
     def stroke(points, width, fill):
         draw.line(place(points), fill=fill, width=max(1, round(width * big)), joint="curve")
 
-    wide = uniform(0.31, 0.36)
-    oval(0.5, 0.42, wide + 0.05, 0.42, hair)
-    oval(0.5, 0.54, wide, 0.41, tuple(skin.astype(int)))
-    gap, thick, t = uniform(0.145, 0.17), uniform(0.022, 0.034), np.linspace(-1, 1, 15)
-    for s in (-1, 1):                            # left and right: eye, lids, brow, nose, cheek
-        x, y, half = 0.5 + s * gap, 0.45, 0.075
-        opening = 0.030 * (1 + 0.9 * lid - 0.6 * tight - 0.25 * smile)
-        oval(x, y, half, opening, (245, 245, 240))
-        oval(x, y, min(0.030, opening * 1.05), min(0.030, opening * 1.05), (40, 30, 25))
+    return area, stroke
+
+
+def oval(x, y, rx, ry):
+    """Points of an ellipse around (x, y)."""
+    a = np.linspace(0, 2 * np.pi, 40)
+    return np.c_[x + rx * np.cos(a), y + ry * np.sin(a)]
+
+
+def toy_upper_face(units, area, stroke, hair, dark, gap, thick):
+    """Eyes, lids, brows, nose and folds of both sides; lengths are shares of the picture."""
+    inner, outer, lower, lid, tight, wrinkle, lip, smile = units[:8]
+    t, y, half = np.linspace(-1, 1, 15), 0.45, 0.075
+    opening = 0.030 * (1 + 0.9 * lid - 0.6 * tight - 0.25 * smile)
+    for s in (-1, 1):
+        x = 0.5 + s * gap
+        area(oval(x, y, half, opening), (245, 245, 240))
+        area(oval(x, y, min(0.030, opening * 1.05), min(0.030, opening * 1.05)), (40, 30, 25))
         arc = np.c_[x + half * t, y - opening * np.sqrt(1 - t ** 2)]
         stroke(arc, 0.010, (30, 20, 20))
         stroke(np.c_[arc[:, 0], 2 * y - arc[:, 1] + 0.012 * tight], 0.006 + 0.006 * tight, dark)
-        start = np.array([0.5 + s * (0.072 - 0.022 * lower), 0.362 - 0.055 * inner + 0.055 * lower])
+        start = np.array([0.5 + s * (0.072 - 0.022 * lower), 0.362 - 0.055 * (inner - lower)])
         end = np.array([0.5 + s * 0.245, 0.365 - 0.060 * outer - 0.012 * lower * (1 - outer)])
-        middle = (start + end) / 2 - [0, 0.025 * (1 - lower)]
-        stroke([start, middle, end], thick, hair)
-        stroke([(0.5 + s * 0.022, 0.48), (0.5 + s * 0.045, 0.60 - 0.02 * wrinkle),
-                (0.5 + s * 0.015, 0.615 - 0.02 * wrinkle)], 0.010 + 0.004 * wrinkle, dark)
+        stroke([start, (start + end) / 2 - [0, 0.025 * (1 - lower)], end], thick, hair)
+        wing = 0.02 * wrinkle
+        stroke([(0.5 + s * 0.022, 0.48), (0.5 + s * 0.045, 0.60 - wing),
+                (0.5 + s * 0.015, 0.615 - wing)], 0.010 + 0.004 * wrinkle, dark)
         for k in range(3) if wrinkle > 0.3 else ():
-            stroke([(0.5, 0.44 + 0.025 * k), (0.5 + s * 0.04, 0.425 + 0.025 * k)], 0.009 * wrinkle, dark)
+            stroke([(0.5, 0.44 + 0.025 * k), (0.5 + s * 0.04, 0.425 + 0.025 * k)],
+                   0.009 * wrinkle, dark)
         fold = max(smile, wrinkle, lip)
         if fold > 0.25:
             stroke([(0.5 + s * 0.065, 0.60), (0.5 + s * (0.12 + 0.05 * smile), 0.70)],
                    0.011 * fold, dark)
         if lower > 0.4:
             stroke([(0.5 + s * 0.018, 0.36), (0.5 + s * 0.014, 0.405)], 0.008 * lower, dark)
+
+
+def toy_mouth(units, area, lips):
+    """Lips, the open mouth and the upper teeth."""
+    lip, smile, frown, stretch, press, jaw = units[6:]
+    t = np.linspace(-1, 1, 15)
     half = 0.115 * (1 + 0.40 * smile + 0.45 * stretch - 0.25 * press - 0.25 * jaw * (1 - stretch))
     line = 0.745 + (0.065 * frown - 0.075 * smile) * t ** 2 - 0.02 * lip * (1 - abs(t))
-    bow = np.sqrt(1 - t ** 2) if stretch < 0.5 else (1 - t ** 8)       # stretched lips: a square mouth
-    upper, under = line - (0.004 + 0.040 * lip) * bow, line + (0.004 + 0.130 * jaw + 0.02 * stretch) * bow
-    plump, x = 0.020 * (1 - 0.7 * press), 0.5 + half * t
-    lips = tuple((skin * [0.80, 0.50, 0.50]).astype(int))
-    outline = np.r_[np.c_[x, upper - plump * (1 - t ** 2)], np.c_[x, under + plump * (1 - t ** 2)][::-1]]
-    draw.polygon(place(outline), fill=lips)
-    draw.polygon(place(np.r_[np.c_[x, upper], np.c_[x, under][::-1]]), fill=(60, 15, 20))
-    if max(smile * jaw * 2, lip, stretch) > 0.35:                       # the upper teeth show
-        depth = np.minimum(under - upper, 0.035)
-        draw.polygon(place(np.r_[np.c_[x, upper], np.c_[x, upper + depth][::-1]][2:-2]),
-                     fill=(238, 238, 230))
+    bow = np.sqrt(1 - t ** 2) if stretch < 0.5 else 1 - t ** 8     # stretched lips: a square mouth
+    upper = line - (0.004 + 0.040 * lip) * bow
+    under = line + (0.004 + 0.130 * jaw + 0.02 * stretch) * bow
+    plump, x = 0.020 * (1 - 0.7 * press) * (1 - t ** 2), 0.5 + half * t
+    between = lambda a, b: np.r_[np.c_[x, a], np.c_[x, b][::-1]]   # outline from curve a to curve b
+    area(between(upper - plump, under + plump), lips)
+    area(between(upper, under), (60, 15, 20))
+    if max(smile * jaw * 2, lip, stretch) > 0.35:
+        area(between(upper, upper + np.minimum(under - upper, 0.035))[2:-2], (238, 238, 230))
+
+
+def toy_face(units, rng, side):
+    """Draw a face with these action units and a random identity, pose and light: PIL RGB."""
+    uniform = rng.uniform
+    skin = np.array([[241, 206, 180], [224, 172, 136], [186, 128, 92], [122, 80, 56]])
+    skin = np.clip(skin[rng.integers(4)] * uniform(0.92, 1.08) + rng.normal(0, 3, 3), 40, 250)
+    colour = lambda rgb: tuple(int(v) for v in rgb)
+    hair, back = colour(rng.integers(15, 110) * np.array([1.0, 0.8, 0.6])), rng.integers(60, 220, 3)
+    image = Image.new("RGB", (3 * side, 3 * side), colour(back))
+    area, stroke = toy_pens(image, rng)
+    wide = uniform(0.31, 0.36)
+    area(oval(0.5, 0.42, wide + 0.05, 0.42), hair)
+    area(oval(0.5, 0.54, wide, 0.41), colour(skin))
+    toy_upper_face(units, area, stroke, hair, colour(skin * 0.55), uniform(0.145, 0.17),
+                   uniform(0.022, 0.034))
+    toy_mouth(units, area, colour(skin * [0.80, 0.50, 0.50]))
     pixels = np.asarray(image.resize((side, side), Image.Resampling.BOX), np.float32)
     across, down = np.meshgrid(np.linspace(-1, 1, side), np.linspace(-1, 1, side))
     light = uniform(0.75, 1.1) + uniform(-0.25, 0.25) * across + uniform(-0.15, 0.15) * down
@@ -512,8 +536,8 @@ def list_toy(split, convention, seed=0):
 
     truth = [samples[i][0] for i in kept]
     wrong = sum(labels[i] != samples[i][0] for i in kept)
-    notes = [f"{len(kept)} faces of {len(samples)} drawn; the crowd's {convention} label is not what "
-             f"was drawn for {wrong} of them"]
+    notes = [f"{len(kept)} faces of {len(samples)} drawn; the crowd's {convention} label is not "
+             f"what was drawn for {wrong} of them"]
     return Listing([f"{split}_{i:05d}" for i in kept], [labels[i] for i in kept], read,
                    [samples[i][2] for i in kept], truth, [Path(__file__)], notes)
 
@@ -540,7 +564,7 @@ def listing(data, data_dir, split, convention="argmax", partial=False):
     return found
 
 
-def memory_map(found, data, split, side, cache, quiet=False):
+def memory_map(found, data, split, side, cache):
     """All images of a listing as a read-only uint8 array (n, C, side, side) on disk, built once.
 
     The file's name holds a digest of the names, sizes and times of the sources, so that a changed
@@ -562,8 +586,9 @@ def memory_map(found, data, split, side, cache, quiet=False):
         try:
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                 rows = pool.map(lambda i: found.read(i, side), range(len(found.names)))
-                for i, row in enumerate(tqdm(rows, f"reading {data} {split}", len(found.names),
-                                             leave=False, disable=quiet or not sys.stderr.isatty())):
+                bar = tqdm(rows, f"reading {data} {split}", len(found.names), leave=False,
+                           disable=not sys.stderr.isatty())
+                for i, row in enumerate(bar):
                     array[i] = row
             array.flush()
             os.replace(partial, path)
@@ -578,7 +603,7 @@ def load_faces(data, data_dir, split, image_size, convention="argmax", partial=F
     found = listing(data, data_dir, split, convention, partial)
     side = min(image_size, DATA[data]["side"])
     images = memory_map(found, data, split, side, cache)
-    votes = None if found.votes is None else torch.tensor(np.array(found.votes), dtype=torch.float32)
+    votes = None if found.votes is None else torch.tensor(np.array(found.votes)).float()
     truth = None if found.truth is None else torch.tensor(found.truth)
     return Faces(data, split, images, torch.tensor(found.labels), found.names, votes, truth,
                  found.notes)
@@ -607,7 +632,8 @@ def prepare(images, size, data):
 
 def normalise(x, data):
     """Pixels (B, C, H, H) in 0 .. 1 -> (x - mean) / std, (B, 3, H, H)."""
-    mean, std = (torch.tensor(DATA[data][k], device=x.device)[:, None, None] for k in ("mean", "std"))
+    mean = torch.tensor(DATA[data]["mean"], device=x.device)[:, None, None]
+    std = torch.tensor(DATA[data]["std"], device=x.device)[:, None, None]
     return (x - mean) / std                                        # C = 1 spreads to 3 here
 
 
@@ -623,15 +649,16 @@ def augment(images, u, size, data, scale=0.5, degrees=0.0, light=0.0, erase=0.0)
     spread = lambda k, a: (2 * u[:, k] - 1) * a                    # uniform in -a .. a, (B,)
     area, shape = scale + (1 - scale) * u[:, 0], torch.exp(spread(1, math.log(4 / 3)))
     w, h = (area * shape).sqrt().clamp(max=1), (area / shape).sqrt().clamp(max=1)
-    x0, y0, flip = spread(2, 1) * (1 - w), spread(3, 1) * (1 - h), torch.where(u[:, 4] < 0.5, -1.0, 1.0)
-    cos, sin = torch.cos(spread(5, math.radians(degrees))), torch.sin(spread(5, math.radians(degrees)))
+    x0, y0 = spread(2, 1) * (1 - w), spread(3, 1) * (1 - h)
+    flip, angle = torch.where(u[:, 4] < 0.5, -1.0, 1.0), spread(5, math.radians(degrees))
+    cos, sin = angle.cos(), angle.sin()
     theta = torch.stack([torch.stack([w * flip * cos, -h * sin, x0], 1),
                          torch.stack([w * flip * sin, h * cos, y0], 1)], 1)   # (B, 2, 3)
     grid = F.affine_grid(theta, (len(u), 1, size, size), align_corners=False)   # (B, size, size, 2)
     x = F.grid_sample(images.float() / 255, grid, padding_mode="border", align_corners=False)
     if light:
-        gain, offset = (1 + spread(6, light))[:, None, None, None], spread(7, light)[:, None, None, None]
-        x = ((x - 0.5) * gain + 0.5 + offset).clamp(0, 1)
+        gain, offset = 1 + spread(6, light), spread(7, light)      # (B,) each
+        x = ((x - 0.5) * gain[:, None, None, None] + 0.5 + offset[:, None, None, None]).clamp(0, 1)
     x = normalise(x, data)                                         # (B, 3, size, size)
     if erase:
         share, along = 0.02 + 0.31 * u[:, 8], torch.exp(spread(9, math.log(3.3)))
@@ -652,7 +679,8 @@ def augment(images, u, size, data, scale=0.5, degrees=0.0, light=0.0, erase=0.0)
 def contact_sheet(faces, indices, columns=8, side=96):
     """A picture of faces with the voted label and each class's votes as a bar: PIL RGB."""
     classes, height = DATA[faces.data]["classes"], side + 40
-    sheet = Image.new("RGB", (columns * (side + 8), math.ceil(len(indices) / columns) * height), "white")
+    rows = math.ceil(len(indices) / columns)
+    sheet = Image.new("RGB", (columns * (side + 8), rows * height), "white")
     draw = ImageDraw.Draw(sheet)
     for k, i in enumerate(indices):
         x, y = k % columns * (side + 8) + 4, k // columns * height + 2
@@ -662,12 +690,13 @@ def contact_sheet(faces, indices, columns=8, side=96):
         if faces.votes is not None:
             step, votes = side / len(classes), faces.votes[i] / faces.votes[i].sum()
             for c, v in enumerate(votes.tolist()):
-                draw.rectangle([x + c * step, y + side + 34 - 20 * v, x + (c + 0.8) * step,
-                                y + side + 34], fill="firebrick" if c == faces.labels[i] else "grey")
+                box = [x + c * step, y + side + 34 - 20 * v, x + (c + 0.8) * step, y + side + 34]
+                draw.rectangle(box, fill="firebrick" if c == faces.labels[i] else "grey")
     return sheet
 
 
 def main():
+    """Print what is there and write a contact sheet."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", choices=DATA, default="toy")
     parser.add_argument("--data-dir", help="folder of the data set")

@@ -1,7 +1,7 @@
 """The label-query decoder: each class asks the visual tokens whether it is there.
 
-Paper: Sec. 3.3 and the right part of Fig. 2; Carion et al. 2020 (DETR) for the layer, Liu et al. 2021
-(Query2Label) for one logit a class from its own output.
+Paper: Sec. 3.3 and the right part of Fig. 2; Carion et al. 2020 (DETR) for the layer, Liu et al.
+2021 (Query2Label) for one logit a class from its own output.
 
     symbol  name     shape         meaning
     K       classes                number of labels
@@ -78,7 +78,8 @@ class LabelDecoder(nn.Module):
     def __init__(self, dim, classes, heads, layers=2, dropout=0.1):
         super().__init__()
         self.queries = nn.Parameter(torch.randn(classes, dim))            # Q (K, d)
-        self.layers = nn.ModuleList(DecoderLayer(dim, heads, dropout=dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(DecoderLayer(dim, heads, dropout=dropout)
+                                    for _ in range(layers))
         self.weight = nn.Parameter(torch.randn(classes, dim) * 0.02)      # (K, d)
         self.bias = nn.Parameter(torch.zeros(classes))                    # (K,)
         initialise(self.layers)

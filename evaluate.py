@@ -1,4 +1,4 @@
-"""How good a trained recogniser is: accuracy, mean class accuracy, a row a class, who is taken for whom.
+"""How good a trained recogniser is: accuracy, a row a class, and which class is taken for which.
 
 Paper: Sec. 4 (the accuracy of its tables). The class is the argmax of the decoder's logits.
 
@@ -60,12 +60,12 @@ def as_text(result, classes):
     if "inside_candidate_set" in result:
         lines.append(f"inside candidate set {result['inside_candidate_set']:7.2%}")
     if "accuracy_on_truth" in result:
-        lines.append(f"accuracy on truth    {result['accuracy_on_truth']:7.2%}   (the crowd's label: "
-                     f"{result['crowd_on_truth']:.2%})")
-    percent = lambda v: "      -" if v is None else f"{v:7.1%}"
+        lines.append(f"accuracy on truth    {result['accuracy_on_truth']:7.2%}   "
+                     f"(the crowd's label: {result['crowd_on_truth']:.2%})")
+    percent = lambda v: "-" if v is None else f"{v:.1%}"
     lines += ["", f"{'class':12s} {'faces':>6s} {'recall':>8s} {'precision':>10s}"]
-    lines += [f"{name:12s} {row['faces']:6d}  {percent(row['recall'])}    {percent(row['precision'])}"
-              for name, row in result["per_class"].items()]
+    lines += [f"{name:12s} {row['faces']:6d} {percent(row['recall']):>8s} "
+              f"{percent(row['precision']):>10s}" for name, row in result["per_class"].items()]
     lines += ["", f"{'voted / predicted':18s}" + "".join(f"{name[:7]:>8s}" for name in classes)]
     lines += [f"{name:18s}" + "".join(f"{count:8d}" for count in row)
               for name, row in zip(classes, result["confusion"])]
@@ -89,6 +89,7 @@ def load_run(path, overrides):
 
 
 def main(argv=None):
+    """Evaluate one run on one split and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", nargs="?", default="runs/train-toy", help="run folder or checkpoint")
     parser.add_argument("--split", default="test", choices=("test", "val"), help="(%(default)s)")
@@ -105,8 +106,9 @@ def main(argv=None):
     begin = time.time()
     logits = predict(run, model, faces).cpu()                              # (n, K)
     seconds = time.time() - begin
-    result = {"run": str(args.run), "data": run.config["data"], "split": args.split, "epoch": epoch,
-              **measure(logits, faces, classes), "images_per_second": round(len(faces) / seconds, 1)}
+    result = {"run": str(args.run), "data": run.config["data"], "split": args.split,
+              "epoch": epoch, "images_per_second": round(len(faces) / seconds, 1),
+              **measure(logits, faces, classes)}
     if args.json:
         say(run, json.dumps(result))
     else:

@@ -94,7 +94,7 @@ def to_patches(histograms, cells):
     batch, channels, bins, height, width = histograms.shape
     rows, columns = height // cells, width // cells
     x = histograms.reshape(batch, channels * bins, rows, cells, columns, cells)
-    x = x.permute(0, 2, 4, 1, 3, 5)                                     # (B, r, c, C*9, cells, cells)
+    x = x.permute(0, 2, 4, 1, 3, 5)                                     # (B, r, c, C*9, ., .)
     return x.reshape(batch, rows * columns, -1)                         # (B, N, C*9*cells^2)
 
 

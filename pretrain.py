@@ -42,7 +42,8 @@ from datasets import DATA, InputError, augment, load_faces, prepare
 from hog import hog_targets
 from vit import Block, ViT, initialise, patchify, wave_positions
 
-# setting: (paper, laptop, smallest, largest, meaning). Every one is a flag of the same name.
+# setting: (paper, laptop, smallest, largest, meaning), or for a choice: (paper, laptop, choices,
+# None, meaning). Every one is a flag of the same name.
 MODEL_SETTINGS = {
     "image_size": (224, 48, 8, 1024, "side of an image in pixels"),
     "patch_size": (16, 8, 2, 64, "side of a patch in pixels"),
@@ -53,12 +54,13 @@ MODEL_SETTINGS = {
 SETTINGS = {
     **MODEL_SETTINGS,
     "decoder_dim": (512, 96, 4, 4096, "width of the reconstruction decoder"),
-    "decoder_depth": (8, 1, 1, 100, "blocks of the reconstruction decoder"),
+    "decoder_depth": (8, 2, 1, 100, "blocks of the reconstruction decoder"),
     "decoder_heads": (16, 4, 1, 64, "attention heads of the reconstruction decoder"),
     "mask_ratio": (0.4, 0.4, 0.01, 0.99, "share of the patches that is masked"),
+    "mask": ("block", "random", ("block", "random"), None, "how masked patches are chosen"),
     "epochs": (600, 20, 1, 100_000, "epochs"),
-    "batch_size": (192, 64, 1, 1_000_000, "faces a step, all processes together"),
-    "lr": (2e-4, 1.5e-3, 0.0, 10.0, "highest learning rate"),
+    "batch_size": (192, 32, 1, 1_000_000, "faces a step, all processes together"),
+    "lr": (2e-4, 8e-4, 0.0, 10.0, "highest learning rate"),
     "warmup_epochs": (60, 2, 0, 100_000, "epochs of linear warm-up"),
     "weight_decay": (0.05, 0.05, 0.0, 10.0, "weight decay of AdamW (none on 1-D parameters)"),
     "clip": (0.02, 0.02, 0.0, 1e9, "largest norm of the gradient"),
@@ -151,7 +153,7 @@ class MaskedModel(nn.Module):
             self.norm = nn.LayerNorm(dim, eps=1e-6)
             initialise(self.narrow), initialise(self.blocks)
         self.predict = nn.Linear(width, target_dim)
-        nn.init.normal_(self.predict.weight, std=0.02)     # start near the answer 0, not far from it
+        nn.init.normal_(self.predict.weight, std=0.02)     # start near 0, where targets are
         nn.init.zeros_(self.predict.bias)
 
     def forward(self, images, mask):
@@ -206,8 +208,9 @@ def make_parser(description, settings):
     add("--labels", default="argmax", choices=("argmax", "majority"), help="votes to label")
     add("--partial", action="store_true", help="accept a data set of unofficial size")
     add("--cache", default="runs/cache", help="folder of the memory maps (%(default)s)")
-    for name, (paper, laptop, _, _, meaning) in settings.items():
+    for name, (paper, laptop, low, _, meaning) in settings.items():
         add("--" + name.replace("_", "-"), type=type(paper),
+            choices=low if isinstance(paper, str) else None,
             help=f"{meaning} (paper {paper}, laptop {laptop})")
     return parser
 
@@ -221,7 +224,7 @@ def resolve(args, settings, stage):
     for name, (paper, laptop, low, high, _) in settings.items():
         if config[name] is None:
             config[name] = paper if config["scale"] == "paper" else laptop
-        if not low <= config[name] <= high:
+        if not isinstance(paper, str) and not low <= config[name] <= high:
             raise InputError(f"--{name.replace('_', '-')} {config[name]}: give a number from {low} "
                              f"to {high}")
     if config["warmup_epochs"] > config["epochs"]:
@@ -274,6 +277,11 @@ def start(config):
     return Run(config, rank, world, device)
 
 
+def parameters(model):
+    """How many numbers a model learns."""
+    return sum(p.numel() for p in model.parameters())
+
+
 def say(run, text):
     """Print from the first process only, at once."""
     if run.rank == 0:
@@ -284,10 +292,10 @@ def say(run, text):
 def load_split(run, split):
     """A split as `Faces`; the first process builds the memory map, the others wait for it."""
     c = run.config
-    arguments = (c["data"], c["data_dir"], split, c["image_size"], c["labels"], c["partial"], c["cache"])
     if run.rank > 0:
         dist.barrier()
-    faces = load_faces(*arguments)
+    faces = load_faces(c["data"], c["data_dir"], split, c["image_size"], c["labels"], c["partial"],
+                       c["cache"])
     if run.world > 1 and run.rank == 0:
         dist.barrier()
     return faces
@@ -310,9 +318,9 @@ def command_line(main):
 def parameter_groups(model, weight_decay, depth, layer_decay=1.0):
     """Groups for AdamW, one for each layer and kind; `scale` multiplies the group's learning rate.
 
-    With layer-wise decay (BEiT, MaskFeat), block i of the encoder has scale layer_decay^(depth - i),
-    the embeddings layer_decay^(depth + 1), and what comes after the encoder 1. No weight decay on
-    1-D parameters (norms, biases), tokens and positions.
+    With layer-wise decay (BEiT, MaskFeat), block i of the encoder has the scale
+    layer_decay^(depth - i), the embeddings layer_decay^(depth + 1), and what comes after the blocks
+    1. No weight decay on 1-D parameters (norms, biases), tokens and positions.
     """
     groups = {}
     for name, p in model.named_parameters():
@@ -422,7 +430,10 @@ def write_config(run):
             (run.out / "config.json").write_text(json.dumps(about, indent=1) + "\n")
         except OSError as error:
             raise InputError(f"--out {run.out}: cannot be written ({error.strerror})") from None
-    say(run, "  ".join(f"{k}={v}" for k, v in run.config.items() if v not in (None, False)))
+    say(run, "settings: " + "  ".join(f"{k}={v}" for k, v in run.config.items()
+                                      if v is not None and v is not False))
+    size = run.config["batch_size"]
+    say(run, f"global batch {size} = {run.world} x {len(run.rows)}, {run.device}")
 
 
 # ------------------------------------------------------------------ what both stages need: the loop
@@ -465,8 +476,8 @@ def fit(run, model, optimizer, faces, step_loss, extra=dict, end_of_epoch=None):
     for epoch in range(step // steps, c["epochs"]):
         model.train()
         sums, begin = {}, time.time()
-        bar = tqdm(batches(run, faces, epoch, step % steps), f"epoch {epoch + 1}/{c['epochs']}", steps,
-                   leave=False, disable=run.rank > 0 or not sys.stderr.isatty())
+        bar = tqdm(batches(run, faces, epoch, step % steps), f"epoch {epoch + 1}/{c['epochs']}",
+                   steps, leave=False, disable=run.rank > 0 or not sys.stderr.isatty())
         for images, indices in bar:
             lr = learning_rate(step, steps * c["epochs"], steps * c["warmup_epochs"], c["lr"])
             for group in optimizer.param_groups:
@@ -492,8 +503,9 @@ def fit(run, model, optimizer, faces, step_loss, extra=dict, end_of_epoch=None):
             f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"))
         if run.rank == 0:
             save_checkpoint(run.out / "last.pt", {
-                "stage": c["stage"], "config": c, "step": step, "log": log, "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), **extra()})
+                "stage": c["stage"], "config": c, "step": step, "log": log,
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(), **extra()})
         write_log(run, log)
 
 
@@ -537,20 +549,22 @@ def build_masked_model(config):
 
 
 def mean_target(run, faces):
-    """The mean target of each position over (at most 1,024) faces, (1, N, T): the trivial answer."""
+    """The mean target of each position over 1,024 faces at most, (1, N, T): the trivial answer."""
     c, total, count = run.config, 0.0, min(len(faces), 1024)
     for i in range(0, count, 64):
-        images = prepare(faces[range(i, min(i + 64, count))].to(run.device), c["image_size"], c["data"])
+        images = faces[range(i, min(i + 64, count))].to(run.device)       # uint8 (64, C, S, S)
+        images = prepare(images, c["image_size"], c["data"])
         total = total + make_targets(images, c["target"], c["patch_size"]).sum(0, keepdim=True)
     return total / count
 
 
 def main(argv=None):
+    """Pre-train from the command line."""
     parser = make_parser(__doc__, SETTINGS)
-    parser.add_argument("--target", default="hog", choices=("hog", "pixel"), help="what is predicted")
-    parser.add_argument("--mask", default="block", choices=("block", "random"), help="kind of mask")
-    parser.add_argument("--encoder", default="visible", choices=("visible", "maskfeat"),
-                        help="sees visible patches only, or mask tokens too as MaskFeat's does")
+    add = parser.add_argument
+    add("--target", default="hog", choices=("hog", "pixel"), help="what is predicted (%(default)s)")
+    add("--encoder", default="visible", choices=("visible", "maskfeat"),
+        help="sees visible patches only, or mask tokens too as MaskFeat's does (%(default)s)")
     c = resolve(parser.parse_args(argv), SETTINGS, "pretrain")
     run = start(c)
     faces = load_split(run, "train")
@@ -562,15 +576,14 @@ def main(argv=None):
     grid = c["image_size"] // c["patch_size"]
     count = masked_count(grid * grid, c["mask_ratio"])
     say(run, "\n".join(faces.notes))
-    say(run, f"{sum(p.numel() for p in model.encoder.parameters()):,} parameters in the encoder, "
-             f"{sum(p.numel() for p in model.parameters()):,} in all; {count} of {grid * grid} patches "
-             f"masked; global batch {c['batch_size']} = {run.world} x {len(run.rows)}; {run.device}")
+    say(run, f"{parameters(model.encoder):,} parameters in the encoder, {parameters(model):,} in "
+             f"all; {count} of {grid * grid} patches masked")
 
     def step_loss(network, images, indices, step):
         images = augment(images, uniforms(run, step), c["image_size"], c["data"], c["crop_scale"])
         seed = c["seed"] * 1_000_003 + step
-        mask = draw_masks(c["mask"], run.rows, grid, count, seed).to(run.device)     # (b, N)
-        target = make_targets(images, c["target"], c["patch_size"])                  # (b, N, T)
+        mask = draw_masks(c["mask"], run.rows, grid, count, seed).to(run.device)   # (b, N)
+        target = make_targets(images, c["target"], c["patch_size"])                # (b, N, T)
         loss = masked_mse(network(images, mask), target, mask)
         return loss, {"loss": loss, "trivial": masked_mse(trivial, target, mask)}
 

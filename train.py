@@ -27,11 +27,11 @@ from torch import nn
 
 from datasets import DATA, InputError, augment, hold_out, prepare
 from decoder import LabelDecoder
-from pll import (candidates_from_votes, generate_candidates, initial_confidence, is_revised, pll_loss,
-                 revise, transition, uniform_loss)
+from pll import (candidates_from_votes, generate_candidates, initial_confidence, is_revised,
+                 pll_loss, revise, transition, uniform_loss)
 from pretrain import (MODEL_SETTINGS, build_encoder, command_line, fit, load_checkpoint, load_split,
-                      load_weights, make_parser, parameter_groups, precision, resolve, say, start,
-                      uniforms)
+                      load_weights, make_parser, parameter_groups, parameters, precision, resolve,
+                      say, start, uniforms)
 from vit import from_torchvision, interpolate_positions
 
 # setting: (paper, laptop, smallest, largest, meaning). Every one is a flag of the same name.
@@ -39,9 +39,9 @@ SETTINGS = {
     **MODEL_SETTINGS,
     "decoder_layers": (2, 2, 1, 12, "layers of the label decoder"),
     "epochs": (100, 15, 1, 100_000, "epochs"),
-    "batch_size": (320, 64, 1, 1_000_000, "faces a step, all processes together"),
-    "lr": (1e-4, 1e-3, 0.0, 10.0, "highest learning rate, that of the head"),
-    "layer_decay": (0.65, 0.8, 0.01, 1.0, "factor of the learning rate from a block to the one below"),
+    "batch_size": (320, 32, 1, 1_000_000, "faces a step, all processes together"),
+    "lr": (1e-4, 3e-4, 0.0, 10.0, "highest learning rate, that of the head"),
+    "layer_decay": (0.65, 1.0, 0.01, 1.0, "factor of the learning rate for each deeper block"),
     "warmup_epochs": (20, 2, 0, 100_000, "epochs of linear warm-up"),
     "weight_decay": (0.05, 0.05, 0.0, 10.0, "weight decay of AdamW (none on 1-D parameters)"),
     "clip": (1.0, 1.0, 0.0, 1e9, "largest norm of the gradient"),
@@ -54,7 +54,7 @@ SETTINGS = {
     "min_votes": (1, 1, 1, 1000, "votes that make a label a candidate"),
     "uniform_weight": (1.0, 1.0, 0.0, 1000.0, "weight of Eq. (3) beside Eq. (2)"),
     "tau": (0.25, 0.25, 0.001, 100.0, "temperature of Eq. (3)"),
-    "threshold": (0.2, 0.2, 0.0, 0.9999, "lead of the first label that makes it the label, Eq. (5)"),
+    "threshold": (0.1, 0.1, 0.0, 0.9999, "lead of the first label that makes it the only one"),
     "warmup_revision": (20, 5, 0, 100_000, "epochs before the first revision"),
     "val": (0.0, 0.0, 0.0, 0.9, "share of the training set that is held out for validation"),
 }
@@ -105,7 +105,7 @@ def initial_weights(config, encoder):
         return "encoder starts from random weights"
     if config["init"] == "imagenet":
         try:
-            weights = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.get_state_dict(progress=True)
+            weights = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.get_state_dict()
         except (URLError, OSError) as error:
             raise InputError(f"--init imagenet: the weights cannot be fetched ({error})") from None
         weights = {k: v for k, v in from_torchvision(weights).items() if not k.startswith("head.")}
@@ -114,8 +114,9 @@ def initial_weights(config, encoder):
         where = Path(config["init"])
         where = where / "last.pt" if where.is_dir() else where
         if not where.exists() and config["init"] == f"runs/pretrain-{config['data']}":
-            raise InputError(f"{where}/last.pt: no pre-training run; make it with: python pretrain.py "
-                             f"--data {config['data']} (or choose --init imagenet or --init none)")
+            raise InputError(f"{where}/last.pt: no pre-training run; make it with: python "
+                             f"pretrain.py --data {config['data']} (or choose --init imagenet or "
+                             "--init none)")
         state = load_checkpoint(where, "pretrain")
         weights = {k.removeprefix("encoder."): v for k, v in state["model"].items()
                    if k.startswith("encoder.")}
@@ -173,56 +174,66 @@ def accuracies(predicted, labels, classes):
     return hits.mean().item(), torch.stack(each).mean().item()
 
 
-def main(argv=None):
+def parse(argv):
+    """The command line as a dict of resolved settings."""
     parser = make_parser(__doc__, SETTINGS)
-    parser.add_argument("--init", help="encoder's start: PATH, imagenet or none (the pre-training run)")
-    parser.add_argument("--head", default="decoder", choices=("decoder", "linear"), help="Sec. 3.3")
-    parser.add_argument("--no-revise", action="store_true", help="leave Eq. (4-5) out: C stays")
-    parser.add_argument("--candidates", default="lw1", choices=("lw1", "lw2", "lw4"),
-                        help="how candidate sets are made where there are no votes (%(default)s)")
-    c = resolve(parser.parse_args(argv), SETTINGS, "train")
-    c["init"] = c["init"] or f"runs/pretrain-{c['data']}"
-    if c["head"] == "linear":
-        c["uniform_weight"] = 0.0                        # there are no queries to spread
-    run = start(c)
-    torch.manual_seed(c["seed"])
-    model = build_model(c)
-    start_note = initial_weights(c, model.encoder) if not c["resume"] else "resumed"
-    model.to(run.device)
-    faces, held = load_split(run, "train"), None
-    if c["val"]:
-        faces, held = hold_out(faces, c["val"], c["seed"])
-    elif "val" in DATA[c["data"]]["counts"]:
-        held = load_split(run, "val")
-    classes = len(DATA[c["data"]]["classes"])
-    optimizer = torch.optim.AdamW(parameter_groups(model, c["weight_decay"], c["depth"], c["layer_decay"]),
-                                  lr=c["lr"], betas=(0.9, 0.999))
-    labels = faces.labels.to(run.device)
-    candidates = make_candidates(c, faces).to(run.device)                 # Y (n, K)
-    confidence = initial_confidence(candidates)                           # C (n, K), Algorithm 1
+    add = parser.add_argument
+    add("--init", help="encoder's start: PATH, imagenet or none (the pre-training run)")
+    add("--head", default="decoder", choices=("decoder", "linear"), help="Sec. 3.3 (%(default)s)")
+    add("--no-revise", action="store_true", help="leave Eq. (4-5) out: C stays as it starts")
+    add("--candidates", default="lw1", choices=("lw1", "lw2", "lw4"),
+        help="how candidate sets are made where there are no votes (%(default)s)")
+    config = resolve(parser.parse_args(argv), SETTINGS, "train")
+    config["init"] = config["init"] or f"runs/pretrain-{config['data']}"
+    if config["head"] == "linear":
+        config["uniform_weight"] = 0.0                   # there are no queries to spread
+    return config
+
+
+def training_faces(run):
+    """The training set, and what accuracy is watched on: a hold-out, the val split, or None."""
+    faces = load_split(run, "train")
+    if run.config["val"]:
+        return hold_out(faces, run.config["val"], run.config["seed"])
+    if "val" in DATA[run.config["data"]]["counts"]:
+        return faces, load_split(run, "val")
+    return faces, None
+
+
+def confidence_table(run, faces):
+    """What is kept for each training face: Y and C (n, K), and a digest of the faces' names.
+
+    A resumed run takes them from its checkpoint, which must be of the same faces.
+    """
     digest = hashlib.sha256("\n".join(faces.names).encode()).hexdigest()
-    if c["resume"] and (run.out / "last.pt").exists():
-        state = load_checkpoint(run.out / "last.pt", "train")
+    path = run.out / "last.pt"
+    if run.config["resume"] and path.exists():
+        state = load_checkpoint(path, "train")
         if state["faces"] != digest:
-            raise InputError(f"{run.out / 'last.pt'}: its training faces are not those of this data "
-                             "set; give the same --data-dir")
-        candidates, confidence = (state[k].to(run.device) for k in ("candidates", "confidence"))
-    frequency = initial_confidence(candidates).mean(dim=0)                # (K,), the trivial answer
-    say(run, "\n".join(faces.notes + [start_note]))
-    say(run, f"{sum(p.numel() for p in model.parameters()):,} parameters; {candidates.sum(1).float().mean():.2f} "
-             f"candidates a face; global batch {c['batch_size']} = {run.world} x {len(run.rows)}; {run.device}")
-    steps = len(faces) // c["batch_size"]
+            raise InputError(f"{path}: its training faces are not those of this data set; give the "
+                             "same --data-dir")
+        candidates, confidence = state["candidates"], state["confidence"]
+    else:
+        candidates = make_candidates(run.config, faces)
+        confidence = initial_confidence(candidates)                       # Algorithm 1, "Ensure"
+    return {"candidates": candidates.to(run.device), "confidence": confidence.to(run.device),
+            "faces": digest}
+
+
+def algorithm_1(run, model, faces, table):
+    """The body of Algorithm 1's inner loop, as the `step_loss` that `pretrain.fit` asks for."""
+    c, confidence = run.config, table["confidence"]                       # C (n, K)
+    labels, steps = faces.labels.to(run.device), len(faces) // c["batch_size"]
+    frequency = initial_confidence(table["candidates"]).mean(dim=0)       # (K,), the trivial answer
 
     def iteration(network, images, indices, step):
-        """One iteration of Algorithm 1: uniform loss, revision of C, PLL loss; then the update."""
         images = augment(images, uniforms(run, step), c["image_size"], c["data"], c["crop_scale"],
                          c["degrees"], c["light"], c["erase"])
+        indices = indices.to(run.device)
         logits = network(images)                                          # (b, K)
-        numbers, uniform = {}, 0.0
+        uniform = logits.new_zeros(())
         if c["uniform_weight"]:
             uniform = uniform_loss(model.head.queries, c["tau"])          # Eq. (3)
-            numbers["uniform"] = uniform
-        indices = indices.to(run.device)
         if not c["no_revise"] and step // steps >= c["warmup_revision"]:
             revised = revise(confidence[indices], logits, c["threshold"])   # Eq. (4), Eq. (5)
             everywhere, rows = share_rows(run, indices, revised)
@@ -232,28 +243,52 @@ def main(argv=None):
         loss = pll + c["uniform_weight"] * uniform
         trivial = pll_loss(frequency.log().expand(len(target), -1), target)
         hits = (logits.argmax(dim=1) == labels[indices]).float().mean()
-        return loss, {"loss": loss, "pll": pll, "trivial": trivial, **numbers, "train_accuracy": hits}
+        return loss, {"loss": loss, "pll": pll, "trivial": trivial, "uniform": uniform,
+                      "train_accuracy": hits}
 
+    return iteration
+
+
+def watcher(run, model, faces, held, table):
+    """What is logged after an epoch: how far C is revised and how well, accuracy on `held`."""
     def end_of_epoch(epoch, record):
-        rows = is_revised(confidence) & (candidates.sum(1) > 1)
+        confidence = table["confidence"].cpu()
+        rows = is_revised(confidence) & (table["candidates"].cpu().sum(dim=1) > 1)    # (n,)
         numbers = {"revised": rows.float().mean().item()}
         if rows.any():
             chosen = confidence[rows].argmax(dim=1)
-            numbers["revised_as_voted"] = (chosen == labels[rows]).float().mean().item()
+            numbers["revised_as_voted"] = (chosen == faces.labels[rows]).float().mean().item()
             if faces.truth is not None:
-                truth = faces.truth.to(run.device)[rows]
-                numbers["revised_as_true"] = (chosen == truth).float().mean().item()
+                numbers["revised_as_true"] = (chosen == faces.truth[rows]).float().mean().item()
         if held is not None:
             predicted = predict(run, model, held).argmax(dim=1).cpu()
-            numbers["val_accuracy"], numbers["val_mean_class"] = accuracies(predicted, held.labels, classes)
+            numbers["val_accuracy"], numbers["val_mean_class"] = accuracies(
+                predicted, held.labels, confidence.shape[1])
         return numbers
 
-    def extra():
-        d = DATA[c["data"]]
-        return {"candidates": candidates, "confidence": confidence, "faces": digest,
-                "classes": d["classes"], "mean": list(d["mean"]), "std": list(d["std"])}
+    return end_of_epoch
 
-    fit(run, model, optimizer, faces, iteration, extra, end_of_epoch)
+
+def main(argv=None):
+    """Train from the command line."""
+    c = parse(argv)
+    run = start(c)
+    torch.manual_seed(c["seed"])
+    model = build_model(c)
+    note = "encoder: resumed" if c["resume"] else initial_weights(c, model.encoder)
+    model.to(run.device)
+    faces, held = training_faces(run)
+    table = confidence_table(run, faces)
+    groups = parameter_groups(model, c["weight_decay"], c["depth"], c["layer_decay"])
+    optimizer = torch.optim.AdamW(groups, lr=c["lr"], betas=(0.9, 0.999))
+    sizes = table["candidates"].sum(dim=1).float()                        # |Y|, (n,)
+    say(run, "\n".join(faces.notes + [note]))
+    say(run, f"{parameters(model):,} parameters; {sizes.mean():.2f} candidates a face, one for "
+             f"{(sizes == 1).float().mean():.1%} of them")
+    about = DATA[c["data"]]
+    extra = {"classes": about["classes"], "mean": list(about["mean"]), "std": list(about["std"])}
+    fit(run, model, optimizer, faces, algorithm_1(run, model, faces, table),
+        lambda: {**table, **extra}, watcher(run, model, faces, held, table))
     say(run, f"trained: {run.out / 'last.pt'}")
 
 

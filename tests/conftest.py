@@ -31,7 +31,8 @@ def run_script(script, *flags, processes=1, status=0, cwd=None):
 def read_log(folder):
     """The epochs of log.jsonl, without what depends on the clock."""
     lines = (pathlib.Path(folder) / "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"}
+            for line in lines]
 
 
 def read_state(folder):

@@ -1,4 +1,4 @@
-"""datasets.py: the layouts as they are on disk, votes to labels, alignment, augmentation, the toy."""
+"""datasets.py: the layouts on disk, votes to labels, alignment, augmentation, the toy."""
 import csv
 import os
 import pathlib
@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 import datasets
-from datasets import (DATA, PROTOTYPES, TEMPLATE, Faces, InputError, align, augment, five_points, hold_out,
-                      listing, load_faces, prepare, read_image, similarity, toy_sample, voted_label)
+from datasets import (DATA, PROTOTYPES, TEMPLATE, Faces, InputError, align, augment, five_points,
+                      hold_out, listing, load_faces, prepare, read_image, similarity, toy_sample,
+                      voted_label)
 
 REAL = pathlib.Path(__file__).resolve().parents[2] / "shared" / "ferplus"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="the real FERPlus is not here")
@@ -25,7 +26,8 @@ def grey(path, value):
 def fake_ferplus(root, rows):
     """rows: (usage, name, ten votes); an image for each name, as bright as its number."""
     with open(root / "fer2013new.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["Usage", "Image name"] + KINDS] + [[u, n] + v for u, n, v in rows])
+        csv.writer(file).writerows([["Usage", "Image name"] + KINDS]
+                                   + [[u, n] + v for u, n, v in rows])
     for usage, name, _ in rows:
         if name:
             folder = dict(Training="FER2013Train", PublicTest="FER2013Valid")[usage]
@@ -48,7 +50,8 @@ def test_ferplus_is_joined_by_name_and_the_last_row_of_a_name_wins(tmp_path):
     assert faces.labels.tolist() == [0, 3]                            # a tie: the first class
     assert faces.votes.tolist() == [[6, 3, 0, 0, 0, 0, 0, 0], [0, 1, 0, 4, 4, 0, 0, 0]]
     assert faces[[1, 0]].float().mean((1, 2, 3)).tolist() == [20, 7]
-    assert "2 faces of 3 images" in faces.notes[0] and "1 rows without image, 1 repeated" in faces.notes[0]
+    assert "2 faces of 3 images" in faces.notes[0]
+    assert "1 rows without image, 1 repeated" in faces.notes[0]
     valid = load_faces("ferplus", tmp_path, "val", 48, partial=True, cache=tmp_path / "cache")
     assert valid.labels.tolist() == [7] and valid.images.shape == (1, 1, 48, 48)
 
@@ -107,7 +110,8 @@ def test_the_real_ferplus(tmp_path):
 def fake_raf(root, aligned=True, share=False):
     (root / "basic/EmoLabel").mkdir(parents=True)
     rows = [("train_00001", 5), ("train_00002", 1), ("test_0001", 7)]
-    (root / "basic/EmoLabel/list_patition_label.txt").write_text("".join(f"{n}.jpg {l}\n" for n, l in rows))
+    (root / "basic/EmoLabel/list_patition_label.txt").write_text("".join(
+        f"{n}.jpg {l}\n" for n, l in rows))
     for n, l in rows:
         folder = root / "basic/Image" / ("aligned" if aligned else "original")
         folder.mkdir(parents=True, exist_ok=True)
@@ -125,7 +129,8 @@ def fake_raf(root, aligned=True, share=False):
 
 @pytest.mark.parametrize("aligned", [True, False])
 def test_raf(tmp_path, aligned):
-    faces = load_faces("raf", fake_raf(tmp_path, aligned), "train", 32, partial=True, cache=tmp_path / "c")
+    root = fake_raf(tmp_path, aligned)
+    faces = load_faces("raf", root, "train", 32, partial=True, cache=tmp_path / "c")
     assert faces.labels.tolist() == [4, 0] and faces.votes is None
     assert DATA["raf"]["classes"][4] == "sadness" and DATA["raf"]["classes"][0] == "surprise"
     assert faces[[0]][0, 0].float().mean() == pytest.approx(100, abs=3)
@@ -133,7 +138,8 @@ def test_raf(tmp_path, aligned):
 
 def test_raf_reads_a_distribution_as_votes(tmp_path):
     found = listing("raf", fake_raf(tmp_path, share=True), "train", partial=True)
-    assert found.votes == [[1, 0, 0, 0, 8, 0, 0.5], [1, 0, 0, 0, 0, 0, 0.5]] and found.labels == [4, 0]
+    assert found.votes == [[1, 0, 0, 0, 8, 0, 0.5], [1, 0, 0, 0, 0, 0, 0.5]]
+    assert found.labels == [4, 0]
 
 
 LANDMARKS = np.random.default_rng(0).uniform(20, 80, (68, 2))
@@ -179,13 +185,15 @@ def test_alignment_puts_the_points_on_the_template():
     for x, y in points:
         image.paste(255, (round(x) - 2, round(y) - 2, round(x) + 3, round(y) + 3))
     aligned = np.asarray(align(image, points, 112))
-    assert all(aligned[round(y) - 1:round(y) + 2, round(x) - 1:round(x) + 2].max() > 150 for x, y in TEMPLATE)
+    assert all(aligned[round(y) - 1:round(y) + 2, round(x) - 1:round(x) + 2].max() > 150
+               for x, y in TEMPLATE)
     assert five_points(LANDMARKS)[0].tolist() == pytest.approx(LANDMARKS[36:42].mean(0).tolist())
 
 
 def test_memory_map_is_kept_until_a_source_changes(tmp_path):
     fake_ferplus(tmp_path, ROWS)
-    load = lambda: load_faces("ferplus", tmp_path, "val", 48, partial=True, cache=tmp_path / "cache")
+    load = lambda: load_faces("ferplus", tmp_path, "val", 48, partial=True,
+                              cache=tmp_path / "cache")
     load()
     files = set((tmp_path / "cache").iterdir())
     load()
@@ -196,7 +204,8 @@ def test_memory_map_is_kept_until_a_source_changes(tmp_path):
 
 
 def plain_batch(n=64):
-    return (torch.rand(n, 3, 24, 24, generator=torch.Generator().manual_seed(0)) * 255).to(torch.uint8)
+    values = torch.rand(n, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    return (values * 255).to(torch.uint8)
 
 
 def uniform_rows(n=64, value=None):
@@ -217,7 +226,8 @@ def test_a_face_is_augmented_alike_however_the_batch_is_divided():
     images, u = plain_batch(), uniform_rows()
     settings = dict(scale=0.5, degrees=15.0, light=0.3, erase=0.5)
     whole = augment(images, u, 32, "toy", **settings)
-    parts = [augment(images[i:i + 16], u[i:i + 16], 32, "toy", **settings) for i in range(0, 64, 16)]
+    parts = [augment(images[i:i + 16], u[i:i + 16], 32, "toy", **settings)
+             for i in range(0, 64, 16)]
     torch.testing.assert_close(torch.cat(parts), whole)
     assert whole.shape == (64, 3, 32, 32) and whole.isfinite().all()
 
@@ -232,8 +242,8 @@ def test_erasing_happens_as_often_as_asked_and_grey_becomes_three_channels():
 
 
 def test_hold_out_is_stratified_and_disjoint():
-    labels = torch.tensor([0] * 100 + [1] * 50)
-    faces = Faces("toy", "train", np.zeros((150, 3, 2, 2), np.uint8), labels, [str(i) for i in range(150)])
+    labels, names = torch.tensor([0] * 100 + [1] * 50), [str(i) for i in range(150)]
+    faces = Faces("toy", "train", np.zeros((150, 3, 2, 2), np.uint8), labels, names)
     train, held = hold_out(faces, 0.1, seed=0)
     assert held.labels.bincount().tolist() == [10, 5] and len(train) == 135
     assert set(train.names).isdisjoint(held.names)
@@ -250,13 +260,17 @@ def test_the_toy_is_a_function_of_its_seed_and_confuses_as_people_do():
     assert 0.05 < wrong < 0.25                                        # a vote is not the truth
     assert 2.0 < (votes > 0).sum(1).mean() < 3.0                      # about FERPlus's 2.24
     names = DATA["toy"]["classes"]
-    share = lambda a, b: votes[truth == names.index(a), names.index(b)].sum() / (truth == names.index(a)).sum()
+
+    def share(a, b):                             # the votes for b per face of a
+        of_a = truth == names.index(a)
+        return votes[of_a, names.index(b)].sum() / of_a.sum()
     assert share("fear", "surprise") > 2 * share("fear", "happiness")
     assert share("anger", "disgust") > 1.2 * share("anger", "surprise")
     assert PROTOTYPES.shape == (7, len(datasets.UNITS))
 
 
-@pytest.mark.parametrize("mode, message", [("CMYK", "colour mode CMYK"), ("I;16", "colour mode I;16")])
+@pytest.mark.parametrize("mode, message", [
+    ("CMYK", "colour mode CMYK"), ("I;16", "colour mode I;16")])
 def test_image_modes_that_are_not_read(tmp_path, mode, message):
     path = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
     Image.new(mode, (8, 8)).save(path)
@@ -266,8 +280,10 @@ def test_image_modes_that_are_not_read(tmp_path, mode, message):
 
 def test_broken_input_is_named(tmp_path):
     fake_ferplus(tmp_path, ROWS)
-    load = lambda: load_faces("ferplus", tmp_path, "train", 48, partial=True, cache=tmp_path / "cache")
-    with pytest.raises(InputError, match="5 faces for the train split, officially 28709.*--partial"):
+    load = lambda: load_faces("ferplus", tmp_path, "train", 48, partial=True,
+                              cache=tmp_path / "cache")
+    with pytest.raises(InputError,
+                       match="5 faces for the train split, officially 28709.*--partial"):
         load_faces("ferplus", tmp_path, "train", 48, cache=tmp_path / "cache")
     file = tmp_path / "FER2013Train/fer0000020.png"
     file.write_bytes(file.read_bytes()[:60])
@@ -279,7 +295,8 @@ def test_broken_input_is_named(tmp_path):
         load()
     table = tmp_path / "fer2013new.csv"
     table.write_text(table.read_text().replace("6,3,0", "6,-3,0"))
-    with pytest.raises(InputError, match=r"fer2013new.csv, row 2: '-3' is not a whole number from 0"):
+    with pytest.raises(InputError,
+                       match=r"fer2013new.csv, row 2: '-3' is not a whole number from 0"):
         load()
     table.write_text(table.read_text().replace("surprise", "astonishment"))
     with pytest.raises(InputError, match="no column 'surprise'"):

@@ -24,7 +24,8 @@ def layer_pair():
     copy_attention(ours.self_attn, theirs.self_attn)
     copy_attention(ours.cross_attn, theirs.multihead_attn)
     for mine, other in ((ours.mlp.fc1, theirs.linear1), (ours.mlp.fc2, theirs.linear2),
-                        (ours.norm1, theirs.norm1), (ours.norm2, theirs.norm2), (ours.norm3, theirs.norm3)):
+                        (ours.norm1, theirs.norm1), (ours.norm2, theirs.norm2),
+                        (ours.norm3, theirs.norm3)):
         mine.load_state_dict(other.state_dict())
     return ours, theirs
 
@@ -93,7 +94,8 @@ def test_attention_maps_are_those_that_were_used():
 def test_every_parameter_learns():
     decoder = make_decoder().train()
     decoder(torch.randn(3, 9, 24)).square().sum().backward()
-    still = [n for n, p in decoder.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    still = [n for n, p in decoder.named_parameters()
+             if p.grad is None or not p.grad.abs().sum() > 0]
     # The softmax removes a bias of the keys. As x starts at zero, the first self-attention has one
     # value for all labels, and nothing of it or of the norm behind it is learned.
     first = ("layers.0.self_attn.", "layers.0.norm1.")

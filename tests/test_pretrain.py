@@ -1,4 +1,4 @@
-"""pretrain.py: masks, what the prediction may depend on, the loss, the schedule, the checkpoints."""
+"""pretrain.py: masks, what the prediction may depend on, loss, schedule, checkpoints."""
 import math
 import random
 
@@ -7,9 +7,9 @@ import torch
 
 from datasets import InputError
 from hog import hog_targets
-from pretrain import (MaskedModel, block_mask, draw_masks, learning_rate, load_checkpoint, load_weights,
-                      make_targets, masked_count, masked_mse, parameter_groups, random_mask,
-                      save_checkpoint, visible)
+from pretrain import (MaskedModel, block_mask, draw_masks, learning_rate, load_checkpoint,
+                      load_weights, make_targets, masked_count, masked_mse, parameter_groups,
+                      random_mask, save_checkpoint, visible)
 from vit import ViT, patchify, unpatchify
 
 SMALL = dict(image_size=32, patch_size=8, dim=24, depth=2, heads=3)
@@ -21,7 +21,8 @@ def make_model(kind="visible"):
 
 
 def test_the_paper_masks_79_of_196_patches():
-    assert masked_count(196, 0.4) == 79 and masked_count(36, 0.4) == 15 and masked_count(16, 0.5) == 8
+    assert masked_count(196, 0.4) == 79
+    assert masked_count(36, 0.4) == 15 and masked_count(16, 0.5) == 8
 
 
 @pytest.mark.parametrize("grid, count", [(14, 79), (6, 15), (4, 6), (14, 1), (14, 195)])
@@ -90,12 +91,14 @@ def test_the_decoder_puts_visible_tokens_where_they_came_from():
 
 def test_the_loss_is_the_mean_over_masked_patches_alone():
     torch.manual_seed(0)
-    prediction, target, mask = torch.randn(2, 4, 3), torch.randn(2, 4, 3), random_mask(2, 2, 2, seed=0)
+    prediction, target = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    mask = random_mask(2, 2, 2, seed=0)
     total, count = 0.0, 0
     for b in range(2):
         for n in range(4):
             if mask[b, n]:
-                total += sum((prediction[b, n, t] - target[b, n, t]).item() ** 2 for t in range(3)) / 3
+                error = prediction[b, n] - target[b, n]
+                total += sum(error[t].item() ** 2 for t in range(3)) / 3
                 count += 1
     assert masked_mse(prediction, target, mask).item() == pytest.approx(total / count, rel=1e-5)
     prediction[~mask] += 100
@@ -130,7 +133,8 @@ def test_one_batch_can_be_learned_by_heart():
 def test_schedule_rises_and_falls_as_a_cosine():
     rates = [learning_rate(s, 100, 10, 1.0, floor=0.0) for s in range(101)]
     assert rates[0] == 0 and rates[5] == 0.5 and rates[10] == 1 and rates[55] == pytest.approx(0.5)
-    assert rates[100] == pytest.approx(0, abs=1e-9) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[100] == pytest.approx(0, abs=1e-9)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
     assert learning_rate(0, 100, 0, 1.0) == 1.0
 
 
@@ -170,7 +174,8 @@ def test_weights_of_another_model_are_counted_and_refused():
     assert model.positions.equal(weights["positions"])
     weights["norm.weight"] = torch.zeros(3)
     del weights["norm.bias"]
-    with pytest.raises(InputError, match=r"1 missing, 0 superfluous, 1 of other shape; first: norm.w"):
+    with pytest.raises(InputError,
+                       match=r"1 missing, 0 superfluous, 1 of other shape; first: norm.w"):
         load_weights(model, weights, "x.pt")
 
 

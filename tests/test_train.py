@@ -34,7 +34,8 @@ def test_a_run_leaves_checkpoint_config_and_log(pretrained, trained):
     for folder in (pretrained, trained):
         assert {p.name for p in folder.iterdir()} == {"last.pt", "config.json", "log.jsonl"}
         config = json.loads((folder / "config.json").read_text())
-        assert {"command", "commit", "torch", "seed", "lr", "batch_size", "processes"} <= config.keys()
+        assert config.keys() >= {"command", "commit", "torch", "seed", "lr", "batch_size",
+                                 "processes"}
         assert [r["epoch"] for r in read_log(folder)] == [1, 2]
     log = read_log(pretrained)
     assert all(r["skill"] == pytest.approx(1 - r["loss"] / r["trivial"]) for r in log)
@@ -49,7 +50,8 @@ def test_confidence_after_training_is_a_revision_of_the_start(trained):
     candidates, confidence = state["candidates"], state["confidence"]
     several = candidates.sum(1) > 1
     revised = is_revised(confidence) & several
-    assert log[0]["revised"] == 0 < log[1]["revised"] == pytest.approx(revised.float().mean().item())
+    share = revised.float().mean().item()
+    assert log[0]["revised"] == 0 < log[1]["revised"] == pytest.approx(share)
     torch.testing.assert_close(confidence.sum(1), torch.ones(2000))
     assert (confidence[~candidates] == 0).all()
     start = initial_confidence(candidates)
@@ -78,7 +80,8 @@ def test_interrupted_equals_uninterrupted(script, flags, tmp_path, cache):
     code = ("import sys, pretrain; save = pretrain.save_checkpoint\n"
             "def once(*a): save(*a); sys.exit(9)\n"
             "pretrain.save_checkpoint = once\n"
-            f"import {script[:-3]} as stage; stage.main({[str(f) for f in flags]} + ['--out', {str(parts)!r}])")
+            f"import {script[:-3]} as stage; "
+            f"stage.main({[str(f) for f in flags]} + ['--out', {str(parts)!r}])")
     stop = tmp_path / "stop.py"
     stop.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}\n")
     run_script(stop, status=9)
@@ -128,8 +131,8 @@ def test_mean_class_accuracy_leaves_out_classes_that_do_not_occur():
 
 
 def test_a_held_out_share_is_not_trained_on(tmp_path, cache):
-    run_script("train.py", *TINY, "--init", "none", "--out", tmp_path, "--cache", cache, "--epochs", 1,
-               "--val", 0.2)
+    run_script("train.py", *TINY, "--init", "none", "--out", tmp_path, "--cache", cache,
+               "--epochs", 1, "--val", 0.2)
     assert read_state(tmp_path)["confidence"].shape == (1600, 7)
 
 
@@ -145,7 +148,8 @@ def test_resuming_with_other_settings_is_refused_with_the_differences(trained, c
     (train, [], "runs/pretrain-toy/last.pt: no pre-training run; make it with: python pretrain.py"),
     (train, ["--init", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
     (train, ["--threshold", "1"], "--threshold 1.0: give a number from 0.0 to 0.9999"),
-    (train, ["--data", "raf", "--init", "none", *TINY], "data/raf: there is no such folder (--data-dir)"),
+    (train, ["--data", "raf", "--init", "none", *TINY],
+     "data/raf: there is no such folder (--data-dir)"),
     (pretrain, ["--resume"], "runs/pretrain-toy/last.pt: nothing to resume"),
     (pretrain, ["--epochs", "0"], "--epochs 0: give a number from 1"),
     (pretrain, ["--image-size", "50"], "--image-size 50 is not a multiple of --patch-size 8"),
@@ -155,7 +159,8 @@ def test_resuming_with_other_settings_is_refused_with_the_differences(trained, c
     (pretrain, [*TINY, "--out", "/dev/null/x"], "--out /dev/null/x: cannot be written"),
     (evaluate, [], "runs/train-toy: no such run; make it with: python train.py"),
     (evaluate, [__file__], "test_train.py: not a readable checkpoint")])
-def test_wrong_input_is_one_line_and_status_2(script, flags, message, tmp_path, cache, monkeypatch, capsys):
+def test_wrong_input_is_one_line_and_status_2(script, flags, message, tmp_path, cache, monkeypatch,
+                                              capsys):
     monkeypatch.chdir(tmp_path)
     if script is not evaluate:
         flags = [*flags, "--cache", str(cache)]
@@ -167,26 +172,30 @@ def test_wrong_input_is_one_line_and_status_2(script, flags, message, tmp_path, 
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest_that_does(tmp_path, cache):
-    done = run_script("pretrain.py", *TINY, "--batch-size", 251, "--out", tmp_path, "--cache", cache,
-                      processes=2, status=1)
-    assert "--batch-size 251 cannot be divided among 2 processes; the nearest that can is 252" in done.stderr
+    done = run_script("pretrain.py", *TINY, "--batch-size", 251, "--out", tmp_path,
+                      "--cache", cache, processes=2, status=1)
+    assert ("--batch-size 251 cannot be divided among 2 processes; the nearest that can is 252"
+            in done.stderr)
 
 
-@pytest.mark.parametrize("flags", [["--target", "pixel", "--mask", "random"], ["--encoder", "maskfeat"]])
+@pytest.mark.parametrize("flags", [
+    ["--target", "pixel", "--mask", "random"], ["--encoder", "maskfeat"]])
 def test_the_other_ways_of_pre_training_learn_too(flags, tmp_path, cache):
-    pretrain.main([*TINY, *flags, "--decoder-dim", "8", "--decoder-heads", "2", "--lr", "3e-3", "--out",
-                   str(tmp_path), "--cache", str(cache)])
+    pretrain.main([*TINY, *flags, "--decoder-dim", "8", "--decoder-heads", "2", "--lr", "3e-3",
+                   "--out", str(tmp_path), "--cache", str(cache)])
     log = read_log(tmp_path)
     assert log[1]["loss"] < log[0]["loss"]
 
 
 def test_imagenet_weights_are_torchvisions(monkeypatch):
     weights = torchvision.models.vit_b_16(weights=None).state_dict()
-    monkeypatch.setattr(torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.__class__, "get_state_dict",
-                        lambda self, **_: weights)
-    config = dict(init="imagenet", data="raf", image_size=224, patch_size=16, dim=768, depth=12, heads=12)
+    monkeypatch.setattr(torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.__class__,
+                        "get_state_dict", lambda self, **_: weights)
+    config = dict(init="imagenet", data="raf", image_size=224, patch_size=16, dim=768, depth=12,
+                  heads=12)
     encoder = pretrain.build_encoder(config)
-    assert "all 150 tensors from torchvision's IMAGENET1K_V1" in train.initial_weights(config, encoder)
+    note = train.initial_weights(config, encoder)
+    assert "all 150 tensors from torchvision's IMAGENET1K_V1" in note
     assert encoder.blocks[11].attn.qkv.weight.equal(
         weights["encoder.layers.encoder_layer_11.self_attention.in_proj_weight"])
     smaller = pretrain.build_encoder({**config, "image_size": 112})
@@ -199,8 +208,8 @@ def test_imagenet_weights_are_torchvisions(monkeypatch):
 def test_a_label_is_learned_from_sets_that_are_never_single():
     """Sets of two in which the true label alone is constant: the recogniser finds it."""
     torch.manual_seed(0)
-    model = train.Recogniser(pretrain.build_encoder(dict(image_size=8, patch_size=4, dim=16, depth=1,
-                                                         heads=2)), train.LabelDecoder(16, 4, 2, 2, 0.0))
+    config = dict(image_size=8, patch_size=4, dim=16, depth=1, heads=2)
+    model = train.Recogniser(pretrain.build_encoder(config), train.LabelDecoder(16, 4, 2, 2, 0.0))
     truth = torch.arange(64) % 4
     images = torch.randn(4, 3, 8, 8)[truth] + 0.1 * torch.randn(64, 3, 8, 8)
     other = (truth + torch.randint(1, 4, (64,))) % 4
