@@ -117,17 +117,17 @@ def test_pixel_target_is_normalised_a_patch_at_a_time():
 
 def test_one_batch_can_be_learned_by_heart():
     torch.manual_seed(0)
-    model, images, mask = make_model(), torch.rand(4, 3, 32, 32), random_mask(4, 4, 6, seed=0)
+    model = MaskedModel(ViT(**SMALL), 108, dim=24, depth=1, heads=2)
+    images, mask = torch.rand(4, 3, 32, 32), random_mask(4, 4, 6, seed=0)
     target = hog_targets(images, 8)
-    optimizer = torch.optim.Adam(model.parameters(), 5e-3)
-    losses = []
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(400):
         loss = masked_mse(model(images, mask), target, mask)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.1 * losses[0]
+    trivial = masked_mse(target.mean((0, 1), keepdim=True), target, mask)
+    assert loss < trivial / 50
 
 
 def test_schedule_rises_and_falls_as_a_cosine():
