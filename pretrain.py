@@ -58,7 +58,7 @@ SETTINGS = {
     "decoder_heads": (16, 4, 1, 64, "attention heads of the reconstruction decoder"),
     "mask_ratio": (0.4, 0.4, 0.01, 0.99, "share of the patches that is masked"),
     "mask": ("block", "random", ("block", "random"), None, "how masked patches are chosen"),
-    "epochs": (600, 20, 1, 100_000, "epochs"),
+    "epochs": (600, 16, 1, 100_000, "epochs"),
     "batch_size": (192, 32, 1, 1_000_000, "faces a step, all processes together"),
     "lr": (2e-4, 8e-4, 0.0, 10.0, "highest learning rate"),
     "warmup_epochs": (60, 2, 0, 100_000, "epochs of linear warm-up"),
@@ -571,7 +571,7 @@ def main(argv=None):
     torch.manual_seed(c["seed"])
     model = build_masked_model(c).to(run.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, c["weight_decay"], c["depth"]),
-                                  lr=c["lr"], betas=(0.9, 0.95))
+                                  lr=c["lr"], betas=(0.9, 0.95), fused=True)
     trivial = mean_target(run, faces)                                      # (1, N, T)
     grid = c["image_size"] // c["patch_size"]
     count = masked_count(grid * grid, c["mask_ratio"])

@@ -280,7 +280,7 @@ def main(argv=None):
     faces, held = training_faces(run)
     table = confidence_table(run, faces)
     groups = parameter_groups(model, c["weight_decay"], c["depth"], c["layer_decay"])
-    optimizer = torch.optim.AdamW(groups, lr=c["lr"], betas=(0.9, 0.999))
+    optimizer = torch.optim.AdamW(groups, lr=c["lr"], betas=(0.9, 0.999), fused=True)
     sizes = table["candidates"].sum(dim=1).float()                        # |Y|, (n,)
     say(run, "\n".join(faces.notes + [note]))
     say(run, f"{parameters(model):,} parameters; {sizes.mean():.2f} candidates a face, one for "
