@@ -1,6 +1,7 @@
-"""Partial-label learning: candidate sets, the confidence C, its loss and its revision.
+"""Partial-label learning: candidate sets, the confidence C, its loss and its revision; the rivals.
 
-Paper: Sec. 3.1, 3.3.1, 3.3.2 and Algorithm 1. Pure functions over a batch; train.py keeps C.
+Paper: Sec. 3.1, 3.3.1, 3.3.2 and Algorithm 1; then RC, CC, LW and PiCO, with which Table 1 compares.
+Pure functions over a batch; train.py keeps C.
 
     symbol     name        shape        meaning
     K          classes                  number of labels
@@ -57,6 +58,11 @@ def generate_candidates(labels, matrix, seed):
     """
     u = torch.rand(len(labels), len(matrix), generator=torch.Generator().manual_seed(seed))
     return u < matrix[labels]                                             # (n, K)
+
+
+def uniform_transition(classes, chance):
+    """Every wrong label joins a set with the same chance (Feng et al. 2020, RC), (K, K)."""
+    return torch.eye(classes).clamp(min=chance)
 
 
 def initial_confidence(candidates, votes=None):
@@ -149,3 +155,88 @@ def largest_lead(confidence):
 def is_revised(confidence):
     """Rows that are one-hot: (B, K) -> (B,) bool."""
     return confidence.max(dim=1).values == 1
+
+
+# ---------------------------------------------------------------------- the rivals of Table 1: RC, CC
+
+def rc_update(logits, candidates):
+    """C of RC (Feng et al. 2020) and PRODEN (Lv et al. 2020) for the next visit, (B, K).
+
+    The softmax restricted to the candidates and renormalised: C_j = zeta_j / sum over Y of zeta.
+    Their loss is Eq. (2) with this C; no gradient flows through it.
+    """
+    return logits.detach().float().masked_fill(~candidates, -math.inf).softmax(dim=1)
+
+
+def cc_loss(logits, candidates):
+    """CC (Feng et al. 2020): mean of -log sum over the candidates of zeta_j, a scalar in fp32.
+
+    It only asks that the true label be in the set; 0 if all labels are candidates.
+    """
+    logits = logits.float()
+    inside = logits.masked_fill(~candidates, -math.inf).logsumexp(dim=1)  # (B,)
+    return (logits.logsumexp(dim=1) - inside).mean()
+
+
+# ---------------------------------------------------------------------------------------------- LW
+
+def lw_weights(logits, candidates):
+    """Weights of LW (Wen et al. 2021), (B, K): softmax inside the set and outside it, each sum 1.
+
+    A set that holds all labels has no outside, and its weights there are 0.
+    """
+    logits = logits.detach().float()
+    inside = logits.masked_fill(~candidates, -math.inf).softmax(dim=1)
+    outside = logits.masked_fill(candidates, -math.inf).softmax(dim=1).nan_to_num(0.0)
+    return inside + outside
+
+
+def lw_loss(logits, candidates, weights, beta=1.0):
+    """LW with the sigmoid loss l(g) = 1 / (1 + e^g), the mean over the batch in fp32.
+
+    Sum over candidates of w_j l(g_j), plus beta times the sum over the others of w_j l(-g_j).
+    """
+    wanted = torch.where(candidates, logits.float(), -logits.float())     # g inside, -g outside
+    factor = torch.where(candidates, 1.0, beta)
+    return (factor * weights * torch.sigmoid(-wanted)).sum(dim=1).mean()
+
+
+# -------------------------------------------------------------------------------------------- PiCO
+
+def prototype_labels(features, prototypes, candidates):
+    """PiCO (Wang et al. 2022): the candidate with the most similar prototype, (B,).
+
+    features (B, d) and prototypes (K, d) on the unit sphere.
+    """
+    similarity = features.float() @ prototypes.T                          # (B, K)
+    return similarity.masked_fill(~candidates, -math.inf).argmax(dim=1)
+
+
+def moving_confidence(confidence, labels, momentum):
+    """PiCO's C as an average: momentum * C + (1 - momentum) * one-hot of labels; (B, K)."""
+    return momentum * confidence + (1 - momentum) * F.one_hot(labels, confidence.shape[1])
+
+
+def move_prototypes(prototypes, features, labels, momentum=0.99):
+    """Prototypes (K, d) after moving averages over the rows of features (B, d), in their order.
+
+    For each row p_c <- momentum * p_c + (1 - momentum) * feature, c its label; normalised at the
+    end. In closed form: the feature that is r-th from the last of its class counts momentum^r.
+    """
+    chosen = F.one_hot(labels, len(prototypes)).float()                   # (B, K)
+    later = chosen.sum(dim=0) - chosen.cumsum(dim=0)                      # (B, K), r above
+    weights = (1 - momentum) * chosen * momentum ** later                 # (B, K)
+    kept = momentum ** chosen.sum(dim=0).unsqueeze(1)                     # (K, 1)
+    return F.normalize(kept * prototypes + weights.T @ features.float(), dim=1)
+
+
+def contrastive_loss(queries, keys, positive, tau=0.07):
+    """Supervised contrastive loss of PiCO: queries (B, d), keys (M, d), positive (B, M) bool.
+
+    Mean over queries of the mean over their positives of -log softmax(q . k / tau), in fp32. A
+    query without any positive adds 0 (the published code divides by zero there).
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        log_share = (queries.float() @ keys.float().T / tau).log_softmax(dim=1)   # (B, M)
+    count = positive.sum(dim=1).clamp(min=1)                              # (B,)
+    return -((log_share * positive).sum(dim=1) / count).mean()

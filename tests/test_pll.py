@@ -5,9 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pll import (candidates_from_votes, generate_candidates, initial_confidence, is_revised,
-                 largest_lead, pll_loss, revise, simplex, target_loss, transition, uniform_loss,
-                 uniform_optimum)
+from pll import (candidates_from_votes, cc_loss, contrastive_loss, generate_candidates,
+                 initial_confidence, is_revised, largest_lead, lw_loss, lw_weights,
+                 move_prototypes, moving_confidence, pll_loss, prototype_labels, rc_update, revise,
+                 simplex, target_loss, transition, uniform_loss, uniform_optimum,
+                 uniform_transition)
 
 
 def random_problem(n=200, classes=7, seed=0):
@@ -207,3 +209,106 @@ def test_losses_are_fp32_under_autocast():
         assert pll_loss(logits, confidence).dtype == torch.float32
         assert uniform_loss(torch.randn(7, 8, dtype=torch.bfloat16)).dtype == torch.float32
         assert revise(confidence, logits.bfloat16(), 0.1).dtype == torch.float32
+
+
+# ------------------------------------------------------------------------- the rivals of Table 1
+
+def slow_softmax(z):
+    return [math.exp(v) / sum(math.exp(w) for w in z) for v in z]
+
+
+def test_rc_equals_its_slow_twin():
+    candidates, _, logits = random_problem()
+    expected = []
+    for z, y in zip(logits.tolist(), candidates.tolist()):
+        zeta = slow_softmax(z)
+        total = sum(p for p, inside in zip(zeta, y) if inside)
+        expected.append([p / total if inside else 0.0 for p, inside in zip(zeta, y)])
+    torch.testing.assert_close(rc_update(logits, candidates), torch.tensor(expected))
+    assert not rc_update(logits.requires_grad_(), candidates).requires_grad
+
+
+def test_cc_equals_its_slow_twin():
+    candidates, _, logits = random_problem()
+    total = 0.0
+    for z, y in zip(logits.tolist(), candidates.tolist()):
+        total -= math.log(sum(p for p, inside in zip(slow_softmax(z), y) if inside))
+    assert cc_loss(logits, candidates).item() == pytest.approx(total / len(logits), rel=1e-5)
+
+
+def test_cc_is_cross_entropy_for_one_candidate_and_zero_for_all():
+    labels, logits = torch.randint(7, (50,)), torch.randn(50, 7)
+    torch.testing.assert_close(cc_loss(logits, F.one_hot(labels, 7).bool()),
+                               F.cross_entropy(logits, labels))
+    assert cc_loss(logits, torch.ones(50, 7, dtype=torch.bool)).item() == 0
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_lw_equals_its_slow_twin(beta):
+    candidates, _, logits = random_problem()
+    weights, expected, total = lw_weights(logits, candidates), [], 0.0
+    for z, y in zip(logits.tolist(), candidates.tolist()):
+        zeta, row = slow_softmax(z), []
+        for p, inside in zip(zeta, y):
+            row.append(p / sum(q for q, other in zip(zeta, y) if other == inside))
+        expected.append(row)
+        for j in range(7):
+            loss = 1 / (1 + math.exp(z[j])) if y[j] else beta / (1 + math.exp(-z[j]))
+            total += row[j] * loss
+    torch.testing.assert_close(weights, torch.tensor(expected))
+    fast = lw_loss(logits, candidates, weights, beta).item()
+    assert fast == pytest.approx(total / len(logits), rel=1e-5)
+
+
+def test_lw_weights_of_a_full_set_are_finite():
+    weights = lw_weights(torch.randn(3, 7), torch.ones(3, 7, dtype=torch.bool))
+    torch.testing.assert_close(weights.sum(1), torch.ones(3))
+
+
+def sphere(n, d=5):
+    return F.normalize(torch.randn(n, d), dim=1)
+
+
+def test_pico_prototypes_move_one_feature_at_a_time():
+    torch.manual_seed(0)
+    prototypes, features, labels = sphere(4), sphere(30), torch.randint(3, (30,))
+    expected = prototypes.clone()
+    for feature, label in zip(features, labels):
+        expected[label] = 0.9 * expected[label] + 0.1 * feature
+    moved = move_prototypes(prototypes, features, labels, 0.9)
+    torch.testing.assert_close(moved, F.normalize(expected, dim=1))
+    torch.testing.assert_close(moved[3], prototypes[3])           # no feature of its class
+
+
+def test_pico_confidence_moves_to_the_nearest_prototype_inside_the_set():
+    torch.manual_seed(0)
+    candidates, confidence, _ = random_problem()
+    features, prototypes = sphere(200), sphere(7)
+    labels = prototype_labels(features, prototypes, candidates)
+    for row in range(200):
+        inside = [j for j in range(7) if candidates[row, j]]
+        best = max(inside, key=lambda j: (features[row] * prototypes[j]).sum().item())
+        assert labels[row] == best
+    moved = moving_confidence(confidence, labels, 0.9)
+    torch.testing.assert_close(moved.sum(1), torch.ones(200))
+    assert (moved[~candidates] == 0).all()
+    rows = torch.arange(200)
+    torch.testing.assert_close(moved[rows, labels], 0.9 * confidence[rows, labels] + 0.1)
+
+
+def test_contrastive_loss_equals_its_slow_twin_and_survives_a_row_without_positives():
+    torch.manual_seed(0)
+    queries, keys, positive = sphere(6), sphere(9), torch.rand(6, 9) < 0.4
+    positive[2] = False
+    total = 0.0
+    for i in range(6):
+        scores = [math.exp((queries[i] * keys[k]).sum().item() / 0.07) for k in range(9)]
+        chosen = [k for k in range(9) if positive[i, k]]
+        if chosen:
+            total -= sum(math.log(scores[k] / sum(scores)) for k in chosen) / len(chosen)
+    assert contrastive_loss(queries, keys, positive).item() == pytest.approx(total / 6, rel=1e-4)
+
+
+def test_uniform_transition():
+    assert uniform_transition(3, 0.2).tolist() == [pytest.approx(row) for row in (
+        [1, 0.2, 0.2], [0.2, 1, 0.2], [0.2, 0.2, 1])]
