@@ -1,6 +1,6 @@
-"""Partial-label learning: candidate sets, the confidence C, its loss and its revision; the rivals.
+"""Partial-label learning: candidate sets, confidence C, its loss, its revision, and the rivals.
 
-Paper: Sec. 3.1, 3.3.1, 3.3.2 and Algorithm 1; then RC, CC, LW and PiCO, with which Table 1 compares.
+Paper: Sec. 3.1, 3.3.1, 3.3.2, Algorithm 1; then RC, CC, LW and PiCO, its rivals in Table 1.
 Pure functions over a batch; train.py keeps C.
 
     symbol     name        shape        meaning
@@ -157,7 +157,7 @@ def is_revised(confidence):
     return confidence.max(dim=1).values == 1
 
 
-# ---------------------------------------------------------------------- the rivals of Table 1: RC, CC
+# -------------------------------------------------------------------- the rivals of Table 1: RC, CC
 
 def rc_update(logits, candidates):
     """C of RC (Feng et al. 2020) and PRODEN (Lv et al. 2020) for the next visit, (B, K).

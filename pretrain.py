@@ -215,15 +215,15 @@ def make_parser(description, settings):
     return parser
 
 
-def resolve(args, settings, stage):
-    """All settings of a run as a plain dict: what the command says, else what the preset says."""
+def resolve(args, settings, stage, overrides=None):
+    """All settings of a run as a plain dict: the command's, else `overrides`, else the preset's."""
     config = vars(args).copy()
     config["scale"] = args.scale or ("laptop" if args.data == "toy" else "paper")
-    config["out"] = args.out or f"runs/{stage}-{args.data}"
     config["stage"] = stage
     for name, (paper, laptop, low, high, _) in settings.items():
         if config[name] is None:
-            config[name] = paper if config["scale"] == "paper" else laptop
+            preset = paper if config["scale"] == "paper" else laptop
+            config[name] = (overrides or {}).get(name, preset)
         if not isinstance(paper, str) and not low <= config[name] <= high:
             raise InputError(f"--{name.replace('_', '-')} {config[name]}: give a number from {low} "
                              f"to {high}")
@@ -366,8 +366,8 @@ def save_checkpoint(path, state):
     os.replace(beside, path)
 
 
-def load_checkpoint(path, stage=None):
-    """Read a checkpoint of ours (weights only: no code in it can run), or an InputError."""
+def load_checkpoint(path, stage=None, ours=True):
+    """Read a checkpoint (weights only: no code in it can run) of a stage of ours, or of others."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -375,7 +375,7 @@ def load_checkpoint(path, stage=None):
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); it is "
                          "truncated or not ours") from None
-    if not isinstance(state, dict) or "stage" not in state:
+    if not isinstance(state, dict) or (ours and "stage" not in state):
         raise InputError(f"{path}: not a checkpoint of pretrain.py or train.py")
     if stage and state["stage"] != stage:
         raise InputError(f"{path}: a checkpoint of {state['stage']}.py; {stage}.py's is needed")
@@ -566,6 +566,7 @@ def main(argv=None):
     add("--encoder", default="visible", choices=("visible", "maskfeat"),
         help="sees visible patches only, or mask tokens too as MaskFeat's does (%(default)s)")
     c = resolve(parser.parse_args(argv), SETTINGS, "pretrain")
+    c["out"] = c["out"] or f"runs/pretrain-{c['data']}" + "-pixel" * (c["target"] == "pixel")
     run = start(c)
     faces = load_split(run, "train")
     torch.manual_seed(c["seed"])

@@ -15,8 +15,9 @@ Paper: Sec. 3.3 and Algorithm 1, settings of Sec. 4.2; what the paper leaves to 
 Run:  python train.py                                      (the toy, after python pretrain.py)
       torchrun --nproc_per_node=2 train.py --data raf      (the paper's settings)
 """
+import argparse
+import copy
 import hashlib
-import math
 from pathlib import Path
 from urllib.error import URLError
 
@@ -24,19 +25,28 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import nn
+from torch.nn import functional as F
 
 from datasets import DATA, InputError, augment, hold_out, prepare
 from decoder import LabelDecoder
-from pll import (candidates_from_votes, generate_candidates, initial_confidence, is_revised,
-                 pll_loss, revise, transition, uniform_loss)
+from pll import (candidates_from_votes, cc_loss, contrastive_loss, generate_candidates,
+                 initial_confidence, is_revised, lw_loss, lw_weights, move_prototypes,
+                 moving_confidence, pll_loss, prototype_labels, rc_update, revise, transition,
+                 uniform_loss, uniform_transition)
 from pretrain import (MODEL_SETTINGS, build_encoder, command_line, fit, load_checkpoint, load_split,
                       load_weights, make_parser, parameter_groups, parameters, precision, resolve,
                       say, start, uniforms)
 from vit import from_torchvision, interpolate_positions
 
-# setting: (paper, laptop, smallest, largest, meaning). Every one is a flag of the same name.
+# setting: (paper, laptop, smallest, largest, meaning), or for a choice: (paper, laptop, choices,
+# None, meaning). Every one is a flag of the same name.
 SETTINGS = {
     **MODEL_SETTINGS,
+    "model": ("vit", "vit", ("vit", "resnet18"), None, "backbone; Table 2 has ResNet-18"),
+    "head": ("decoder", "decoder", ("decoder", "linear"), None, "label decoder or linear"),
+    "loss": ("pll", "pll", ("pll", "ce", "soft", "rc", "cc", "lw", "pico"), None,
+             "Eq. (2), or what a rival minimises"),
+    "prior": ("uniform", "uniform", ("uniform", "votes"), None, "start of C: 1/|Y| or vote share"),
     "decoder_layers": (2, 2, 1, 12, "layers of the label decoder"),
     "epochs": (100, 15, 1, 100_000, "epochs"),
     "batch_size": (320, 32, 1, 1_000_000, "faces a step, all processes together"),
@@ -56,8 +66,32 @@ SETTINGS = {
     "tau": (0.25, 0.25, 0.001, 100.0, "temperature of Eq. (3)"),
     "threshold": (0.1, 0.1, 0.0, 0.9999, "lead of the first label that makes it the only one"),
     "warmup_revision": (20, 5, 0, 100_000, "epochs before the first revision"),
+    "lw_beta": (1.0, 1.0, 0.0, 100.0, "weight of the non-candidates in LW"),
+    "queue": (8192, 1024, 1, 1_000_000, "earlier keys that PiCO compares with"),
     "val": (0.0, 0.0, 0.0, 0.9, "share of the training set that is held out for validation"),
 }
+
+# A row of the paper's tables is a line here: the settings in which it differs from the method.
+# Table 1 (rc, lw, pico on ResNet-18 as there, and on the ViT; cc and soft belong beside them), then
+# Table 2, Table 3 and Table 4. With --scale laptop, "imagenet" is "none": no such weights fit.
+_plain = dict(head="linear", uniform_weight=0.0, init="imagenet")
+_mim = dict(head="linear", uniform_weight=0.0)
+METHODS = {
+    "ours": {},
+    "baseline": dict(_plain, loss="ce"),
+    "soft": dict(_plain, loss="soft"),
+    **{name: dict(_plain, loss=name, model="resnet18") for name in ("rc", "cc", "lw", "pico")},
+    **{f"{name}-vit": dict(_plain, loss=name) for name in ("rc", "cc", "lw", "pico")},
+    "resnet18-pll": dict(_plain, model="resnet18"),
+    "mim-pixel": dict(_mim, loss="ce", init="pretrain-pixel"),
+    "mim-hog": dict(_mim, loss="ce"),
+    "mim-pixel-pll": dict(_mim, revise=False, init="pretrain-pixel"),
+    "mim-hog-pll": dict(_mim, revise=False),
+    "decoder": dict(uniform_weight=0.0, revise=False),
+    "decoder-uniform": dict(revise=False),
+    "decoder-revision": dict(uniform_weight=0.0),
+}
+PICO = dict(width=128, encoder_momentum=0.999, start=0.95, end=0.8, weight=0.5)
 
 
 class LinearHead(nn.Module):
@@ -73,65 +107,165 @@ class LinearHead(nn.Module):
         return self.linear(tokens.mean(dim=1))                            # (B, HW, d) -> (B, K)
 
 
-class Recogniser(nn.Module):
-    """Fig. 2: encoder, then a head that reads the visual tokens; (B, 3, H, H) -> logits (B, K)."""
+class ResNet18(nn.Module):
+    """torchvision's ResNet-18 without its classifier: (B, 3, H, H) -> tokens (B, 1+HW, 512).
 
-    def __init__(self, encoder, head):
+    The first token is the mean of the others, which are the last feature map, so that every head
+    reads it as it reads the ViT.
+    """
+
+    def __init__(self):
         super().__init__()
-        self.encoder, self.head = encoder, head
+        self.net = torchvision.models.resnet18(weights=None)
+        self.net.avgpool, self.net.fc = nn.Identity(), nn.Identity()
 
     def forward(self, images):
-        return self.head(self.encoder(images)[:, 1:])                     # (B, HW, d) -> (B, K)
+        net = self.net
+        x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
+        x = net.layer4(net.layer3(net.layer2(net.layer1(x))))             # (B, 512, h, w)
+        x = x.flatten(2).transpose(1, 2)                                  # (B, HW, 512)
+        return torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)         # (B, 1+HW, 512)
+
+
+class Recogniser(nn.Module):
+    """Fig. 2: encoder, then a head that reads the visual tokens; (B, 3, H, H) -> logits (B, K).
+
+    With `width` there is also PiCO's projection: unit vectors (B, width) from the mean token.
+    """
+
+    def __init__(self, encoder, head, dim=0, width=0):
+        super().__init__()
+        self.encoder, self.head = encoder, head
+        self.projection = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, width)) \
+            if width else None
+
+    def forward(self, images):
+        tokens = self.encoder(images)[:, 1:]                              # (B, HW, d)
+        logits = self.head(tokens)                                        # (B, K)
+        if self.projection is None:
+            return logits
+        return logits, F.normalize(self.projection(tokens.mean(dim=1)).float(), dim=1)
 
 
 def build_model(config):
     """The recogniser of the settings, with random weights."""
-    encoder = build_encoder(config, config["drop_path"])
+    if config["model"] == "resnet18":
+        encoder, dim, heads = ResNet18(), 512, 8
+    else:
+        encoder = build_encoder(config, config["drop_path"])
+        dim, heads = config["dim"], config["heads"]
     classes = len(DATA[config["data"]]["classes"])
-    if config["head"] == "linear":
-        return Recogniser(encoder, LinearHead(config["dim"], classes))
-    return Recogniser(encoder, LabelDecoder(config["dim"], classes, config["heads"],
-                                            config["decoder_layers"], config["dropout"]))
+    head = LinearHead(dim, classes)
+    if config["head"] == "decoder":
+        head = LabelDecoder(dim, classes, heads, config["decoder_layers"], config["dropout"])
+    return Recogniser(encoder, head, dim, PICO["width"] if config["loss"] == "pico" else 0)
 
 
 def initial_weights(config, encoder):
     """Fill the encoder as --init says; returns a sentence about what was loaded.
 
-    A path is a checkpoint of pretrain.py (or its folder), "imagenet" torchvision's
-    IMAGENET1K_V1 weights of ViT-B/16, "none" leaves the random start. Positions are interpolated
-    if the grid differs; everything else must fit.
+    "none" leaves the random start; "imagenet" is torchvision's IMAGENET1K_V1 weights; for the ViT a
+    path is a checkpoint of pretrain.py (or its folder), whose positions are interpolated if the
+    grid differs; for ResNet-18 it is any checkpoint of that network, as this field passes around.
     """
     if config["init"] == "none":
-        return "encoder starts from random weights"
+        return "encoder: random weights"
     if config["init"] == "imagenet":
-        try:
-            weights = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.get_state_dict()
-        except (URLError, OSError) as error:
-            raise InputError(f"--init imagenet: the weights cannot be fetched ({error})") from None
-        weights = {k: v for k, v in from_torchvision(weights).items() if not k.startswith("head.")}
-        where = "torchvision's IMAGENET1K_V1"
+        where, weights = "torchvision's IMAGENET1K_V1", imagenet_weights(config["model"])
+    elif config["model"] == "resnet18":
+        where, weights = config["init"], resnet_weights(config["init"])
     else:
-        where = Path(config["init"])
-        where = where / "last.pt" if where.is_dir() else where
-        if not where.exists() and config["init"] == f"runs/pretrain-{config['data']}":
-            raise InputError(f"{where}/last.pt: no pre-training run; make it with: python "
-                             f"pretrain.py --data {config['data']} (or choose --init imagenet or "
-                             "--init none)")
-        state = load_checkpoint(where, "pretrain")
-        weights = {k.removeprefix("encoder."): v for k, v in state["model"].items()
-                   if k.startswith("encoder.")}
-        where = f"{where} (epoch {len(state['log'])})"
-    weights["positions"] = interpolate_positions(weights["positions"], encoder.grid)
+        where, weights = pretrained_weights(config)
+    if config["model"] == "vit":
+        weights["positions"] = interpolate_positions(weights["positions"], encoder.grid)
     load_weights(encoder, weights, where)
     return f"encoder: all {len(weights)} tensors from {where}"
 
 
+def imagenet_weights(model):
+    """torchvision's weights under our names, without the classifier; fetched if need be."""
+    kind = (torchvision.models.ViT_B_16_Weights if model == "vit" else
+            torchvision.models.ResNet18_Weights).IMAGENET1K_V1
+    try:
+        weights = kind.get_state_dict()
+    except (URLError, OSError) as error:
+        raise InputError(f"--init imagenet: the weights cannot be fetched ({error})") from None
+    if model == "resnet18":
+        return {f"net.{k}": v for k, v in weights.items() if not k.startswith("fc.")}
+    return {k: v for k, v in from_torchvision(weights).items() if not k.startswith("head.")}
+
+
+def pretrained_weights(config):
+    """Where the encoder of a pre-training run is, and its weights."""
+    where = Path(config["init"])
+    where = where / "last.pt" if where.is_dir() else where
+    target = {f"runs/pretrain-{config['data']}": "", f"runs/pretrain-{config['data']}-pixel":
+              " --target pixel"}.get(config["init"])
+    if not where.exists() and target is not None:
+        raise InputError(f"{where}/last.pt: no pre-training run; make it with: python pretrain.py "
+                         f"--data {config['data']}{target} (or choose --init imagenet or none)")
+    state = load_checkpoint(where, "pretrain")
+    weights = {k.removeprefix("encoder."): v for k, v in state["model"].items()
+               if k.startswith("encoder.")}
+    return f"{where} (epoch {len(state['log'])})", weights
+
+
+def resnet_weights(path):
+    """A ResNet-18 checkpoint, whatever prefix its keys have and however it is wrapped.
+
+    The classifier is left out. Counters of batches, which old checkpoints lack, start at 0.
+    """
+    state = load_checkpoint(path, ours=False)
+    while not any(isinstance(v, torch.Tensor) for v in state.values()):
+        inner = [v for v in state.values() if isinstance(v, dict) and v]
+        if not inner:
+            raise InputError(f"{path}: holds no weights")
+        state = max(inner, key=len)
+    prefix = [k.removesuffix("layer1.0.conv1.weight") for k in state if
+              k.endswith("layer1.0.conv1.weight")]
+    if not prefix:
+        raise InputError(f"{path}: not a ResNet-18 (no key ends with layer1.0.conv1.weight)")
+    own = torchvision.models.resnet18(weights=None).state_dict()
+    counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
+    found = {k.removeprefix(prefix[0]): v for k, v in state.items() if k.startswith(prefix[0])}
+    return {f"net.{k}": v for k, v in {**counters, **found}.items() if not k.startswith("fc.")}
+
+
 def make_candidates(config, faces):
-    """Y of a training set (n, K) bool: from its votes, or generated as LW where there are none."""
-    if faces.votes is not None:
+    """Y of a training set (n, K) bool: from its votes, or generated where there are none.
+
+    "lw1", "lw2", "lw4" and "uniform:Q" generate sets around the label; "votes" takes the labels
+    with votes, and is the default where there are votes.
+    """
+    kind, classes = config["candidates"], len(DATA[config["data"]]["classes"])
+    if kind == "votes" and faces.votes is None:
+        raise InputError(f"--candidates votes: {config['data']} has no votes; choose lw1, lw2, lw4 "
+                         "or uniform:Q")
+    if kind == "votes" or (kind is None and faces.votes is not None):
         return candidates_from_votes(faces.votes, config["min_votes"])
-    matrix = transition(len(DATA[config["data"]]["classes"]), config["candidates"])
+    matrix = uniform_transition(classes, float(kind[8:])) if (kind or "").startswith("uniform:") \
+        else transition(classes, kind or "lw1")
     return generate_candidates(faces.labels, matrix, config["seed"])
+
+
+def make_confidence(config, faces, candidates):
+    """C before training (n, K): Y / |Y| or vote shares; one-hot for "ce", all votes for "soft"."""
+    if config["loss"] in ("lw", "cc", "rc", "pico") and (candidates.sum(dim=1) == 1).all():
+        raise InputError(f"--loss {config['loss']}: every candidate set has a single label; give "
+                         "it sets: --min-votes 1, or --candidates lw1")
+    if config["loss"] == "ce":
+        return F.one_hot(faces.labels, candidates.shape[1]).float()
+    needs_votes = config["loss"] == "soft" or config["prior"] == "votes"
+    if needs_votes and faces.votes is None:
+        raise InputError(f"--data {config['data']} has no votes, as --loss soft and --prior votes "
+                         "need")
+    if config["loss"] == "soft":
+        return faces.votes / faces.votes.sum(dim=1, keepdim=True)
+    if config["loss"] == "lw":
+        outside = ~candidates
+        uniform = outside / outside.sum(dim=1, keepdim=True).clamp(min=1)
+        return initial_confidence(candidates) + uniform  # LW's weights, each part with sum 1
+    return initial_confidence(candidates, faces.votes if config["prior"] == "votes" else None)
 
 
 def share_rows(run, indices, rows):
@@ -161,7 +295,8 @@ def predict(run, model, faces, batch_size=256):
         rows = range(i, min(i + batch_size, len(faces)))
         images = prepare(faces[rows].to(run.device), c["image_size"], c["data"])
         with torch.autocast(run.device.type, dtype, enabled=dtype is not None):
-            logits[rows.start:rows.stop] = model(images).float()
+            output = model(images)
+        logits[rows.start:rows.stop] = output[0] if isinstance(output, tuple) else output
     if run.world > 1:
         dist.all_reduce(logits)
     return logits
@@ -178,16 +313,50 @@ def parse(argv):
     """The command line as a dict of resolved settings."""
     parser = make_parser(__doc__, SETTINGS)
     add = parser.add_argument
+    add("--method", default="ours", choices=METHODS, help="row of its tables (%(default)s)")
     add("--init", help="encoder's start: PATH, imagenet or none (the pre-training run)")
-    add("--head", default="decoder", choices=("decoder", "linear"), help="Sec. 3.3 (%(default)s)")
-    add("--no-revise", action="store_true", help="leave Eq. (4-5) out: C stays as it starts")
-    add("--candidates", default="lw1", choices=("lw1", "lw2", "lw4"),
-        help="how candidate sets are made where there are no votes (%(default)s)")
-    config = resolve(parser.parse_args(argv), SETTINGS, "train")
-    config["init"] = config["init"] or f"runs/pretrain-{config['data']}"
-    if config["head"] == "linear":
-        config["uniform_weight"] = 0.0                   # there are no queries to spread
+    add("--revise", action=argparse.BooleanOptionalAction, help="Eq. (4-5), or C as it starts")
+    add("--candidates", help="votes, lw1, lw2, lw4 or uniform:Q (votes where there are, else lw1)")
+    args = parser.parse_args(argv)
+    row = METHODS[args.method]
+    head = args.head or row.get("head")
+    config = resolve(args, SETTINGS, "train",
+                     {**row, "uniform_weight": 0.0} if head == "linear" else row)
+    name, pll = config["data"], config["loss"] == "pll"
+    config["out"] = config["out"] or f"runs/train-{name}" + (
+        "" if args.method == "ours" else "-" + args.method)
+    init = config["init"] or row.get("init", "pretrain" if config["model"] == "vit" else "imagenet")
+    if init.startswith("pretrain") and not config["init"]:
+        init = f"runs/pretrain-{name}" + init.removeprefix("pretrain")
+    if init == "imagenet" and not args.init and config["scale"] == "laptop":
+        init = "none"                                    # no such weights fit
+    config["init"] = init
+    config["revise"] = row.get("revise", pll) and pll if args.revise is None else args.revise
+    check_combination(config)
     return config
+
+
+def check_combination(config):
+    """Settings that cannot go together, as an InputError with what to do."""
+    kind = config["candidates"]
+    known = kind in (None, "votes", "lw1", "lw2", "lw4")
+    try:
+        known = known or (kind.startswith("uniform:") and 0 <= float(kind[8:]) <= 1)
+    except ValueError:
+        known = False
+    if not known:
+        raise InputError(f"--candidates {kind}: choose votes, lw1, lw2, lw4 or uniform:Q with Q "
+                         "from 0 to 1")
+    if config["head"] == "linear" and config["uniform_weight"]:
+        raise InputError("--uniform-weight: a linear head has no label queries to spread; choose "
+                         "--head decoder or --uniform-weight 0")
+    if config["revise"] and config["loss"] != "pll":
+        raise InputError(f"--revise: Eq. (4-5) revise the confidence of --loss pll, not of --loss "
+                         f"{config['loss']}")
+    if config["loss"] == "pico" and config["crop_scale"] == 1 and not (
+            config["degrees"] or config["light"] or config["erase"]):
+        raise InputError("--loss pico: compares two views of a face, which need augmentation; set "
+                         "--crop-scale, --degrees, --light or --erase")
 
 
 def training_faces(run):
@@ -215,16 +384,34 @@ def confidence_table(run, faces):
         candidates, confidence = state["candidates"], state["confidence"]
     else:
         candidates = make_candidates(run.config, faces)
-        confidence = initial_confidence(candidates)                       # Algorithm 1, "Ensure"
+        confidence = make_confidence(run.config, faces, candidates)       # Algorithm 1, "Ensure"
     return {"candidates": candidates.to(run.device), "confidence": confidence.to(run.device),
             "faces": digest}
 
 
+def objective(c, logits, confidence, candidates, revising):
+    """Loss of a batch and its rows of C for the next visit: (scalar, (B, K)).
+
+    For "ce" and "soft" C is a constant, the one-hot label or the vote shares; for "lw" it holds the
+    weights. The method itself revises C before the loss is computed, as Algorithm 1 says.
+    """
+    if c["loss"] == "cc":
+        return cc_loss(logits, candidates), confidence
+    if c["loss"] == "lw":
+        return (lw_loss(logits, candidates, confidence, c["lw_beta"]),
+                lw_weights(logits, candidates))
+    if c["loss"] == "rc":
+        return pll_loss(logits, confidence), rc_update(logits, candidates)
+    if revising:
+        confidence = revise(confidence, logits, c["threshold"])           # Eq. (4), Eq. (5)
+    return pll_loss(logits, confidence), confidence                       # Eq. (2)
+
+
 def algorithm_1(run, model, faces, table):
     """The body of Algorithm 1's inner loop, as the `step_loss` that `pretrain.fit` asks for."""
-    c, confidence = run.config, table["confidence"]                       # C (n, K)
+    c, confidence, candidates = run.config, table["confidence"], table["candidates"]   # (n, K)
     labels, steps = faces.labels.to(run.device), len(faces) // c["batch_size"]
-    frequency = initial_confidence(table["candidates"]).mean(dim=0)       # (K,), the trivial answer
+    frequency = initial_confidence(candidates).mean(dim=0).clamp(min=1e-6).log()       # (K,)
 
     def iteration(network, images, indices, step):
         images = augment(images, uniforms(run, step), c["image_size"], c["data"], c["crop_scale"],
@@ -234,14 +421,13 @@ def algorithm_1(run, model, faces, table):
         uniform = logits.new_zeros(())
         if c["uniform_weight"]:
             uniform = uniform_loss(model.head.queries, c["tau"])          # Eq. (3)
-        if not c["no_revise"] and step // steps >= c["warmup_revision"]:
-            revised = revise(confidence[indices], logits, c["threshold"])   # Eq. (4), Eq. (5)
-            everywhere, rows = share_rows(run, indices, revised)
-            confidence[everywhere] = rows
-        target = confidence[indices]                                      # (b, K)
-        pll = pll_loss(logits, target)                                    # Eq. (2)
+        revising = c["revise"] and step // steps >= c["warmup_revision"]
+        before, sets = confidence[indices], candidates[indices]           # (b, K)
+        pll, after = objective(c, logits, before, sets, revising)         # Eq. (4), (5), then (2)
+        everywhere, rows = share_rows(run, indices, after)
+        confidence[everywhere] = rows
         loss = pll + c["uniform_weight"] * uniform
-        trivial = pll_loss(frequency.log().expand(len(target), -1), target)
+        trivial, _ = objective(c, frequency.expand(len(sets), -1), after, sets, False)
         hits = (logits.argmax(dim=1) == labels[indices]).float().mean()
         return loss, {"loss": loss, "pll": pll, "trivial": trivial, "uniform": uniform,
                       "train_accuracy": hits}
@@ -249,16 +435,83 @@ def algorithm_1(run, model, faces, table):
     return iteration
 
 
+def pico_state(run, model):
+    """What PiCO keeps beside C: the momentum model, prototypes (K, 128) and the queue (M, 128)."""
+    c, classes = run.config, len(DATA[run.config["data"]]["classes"])
+    generator = torch.Generator().manual_seed(c["seed"])
+    queue = F.normalize(torch.randn(c["queue"], PICO["width"], generator=generator), dim=1)
+    return {"key_model": copy.deepcopy(model).requires_grad_(False),
+            "prototypes": torch.zeros(classes, PICO["width"], device=run.device),
+            "queue": queue.to(run.device), "at": torch.zeros((), dtype=torch.long),
+            "queue_labels": torch.full((c["queue"],), -1, device=run.device)}
+
+
+def pico(run, model, faces, table, state):
+    """PiCO's step (Wang et al. 2022) as the `step_loss` that `pretrain.fit` asks for.
+
+    Two views of each face; the second goes through the momentum model. Every process moves the same
+    prototypes and the same queue, with the features of all processes. The bank of keys is the other
+    view's batch and the queue.
+    """
+    c, confidence, candidates = run.config, table["confidence"], table["candidates"]   # (n, K)
+    labels, steps = faces.labels.to(run.device), len(faces) // c["batch_size"]
+    views = (c["image_size"], c["data"], c["crop_scale"], c["degrees"], c["light"], c["erase"])
+
+    def iteration(network, images, indices, step):
+        u = uniforms(run, step, columns=24)                               # 12 for each view
+        indices = indices.to(run.device)
+        logits, q = network(augment(images, u[:, :12], *views))           # (b, K), (b, 128)
+        with torch.no_grad():
+            for key, query in zip(state["key_model"].parameters(), model.parameters()):
+                key.lerp_(query, 1 - PICO["encoder_momentum"])
+            _, k = state["key_model"](augment(images, u[:, 12:], *views))   # (b, 128)
+            guess = logits.float().masked_fill(~candidates[indices], -torch.inf).argmax(dim=1)
+            q_all, k_all = (share_rows(run, indices, x.detach())[1] for x in (q, k))   # (B, 128)
+            everywhere, guess_all = share_rows(run, indices, guess)       # (B,)
+            keys = torch.cat([k_all, state["queue"]])                     # (B+M, 128)
+            own = everywhere == indices[:, None]                          # (b, B): its other view
+            positive = F.pad(own, (0, len(state["queue"])))               # (b, B+M)
+            epoch = step // steps
+            if epoch >= c["warmup_revision"]:
+                near = prototype_labels(q_all, state["prototypes"], candidates[everywhere])
+                share = epoch / max(c["epochs"] - 1, 1)
+                momentum = PICO["start"] + (PICO["end"] - PICO["start"]) * share
+                confidence[everywhere] = moving_confidence(confidence[everywhere], near, momentum)
+                same = guess[:, None] == torch.cat([guess_all, state["queue_labels"]])
+                positive = positive | same
+        pll = pll_loss(logits, confidence[indices])
+        contrast = contrastive_loss(q, keys, positive)
+        with torch.no_grad():
+            state["prototypes"] = move_prototypes(state["prototypes"], q_all, guess_all)
+            at = (state["at"] + torch.arange(len(k_all))) % len(state["queue"])
+            state["queue"][at.to(run.device)], state["queue_labels"][at.to(run.device)] = \
+                k_all, guess_all
+            state["at"] = (state["at"] + len(k_all)) % len(state["queue"])
+        hits = (logits.argmax(dim=1) == labels[indices]).float().mean()
+        loss = pll + PICO["weight"] * contrast
+        return loss, {"loss": loss, "pll": pll, "contrastive": contrast, "train_accuracy": hits}
+
+    return iteration
+
+
 def watcher(run, model, faces, held, table):
-    """What is logged after an epoch: how far C is revised and how well, accuracy on `held`."""
+    """What is logged after an epoch: which labels C has come to and how well, accuracy on `held`.
+
+    `revised` is the share of training faces that had several candidates and now have one label (for
+    RC, LW and PiCO, whose C moves gradually: that have several candidates); of these, how many have
+    the voted label on top, and on the toy the drawn class.
+    """
     def end_of_epoch(epoch, record):
-        confidence = table["confidence"].cpu()
-        rows = is_revised(confidence) & (table["candidates"].cpu().sum(dim=1) > 1)    # (n,)
-        numbers = {"revised": rows.float().mean().item()}
-        if rows.any():
-            chosen = confidence[rows].argmax(dim=1)
-            numbers["revised_as_voted"] = (chosen == faces.labels[rows]).float().mean().item()
-            if faces.truth is not None:
+        c, confidence, numbers = run.config, table["confidence"].cpu(), {}
+        rows = table["candidates"].cpu().sum(dim=1) > 1                   # (n,)
+        if c["revise"]:
+            rows &= is_revised(confidence)
+        if c["revise"] or c["loss"] in ("rc", "lw", "pico"):
+            chosen = (confidence * table["candidates"].cpu()).argmax(dim=1)[rows]
+            numbers["revised"] = rows.float().mean().item()
+            if rows.any():
+                numbers["revised_as_voted"] = (chosen == faces.labels[rows]).float().mean().item()
+            if rows.any() and faces.truth is not None:
                 numbers["revised_as_true"] = (chosen == faces.truth[rows]).float().mean().item()
         if held is not None:
             predicted = predict(run, model, held).argmax(dim=1).cpu()
@@ -267,6 +520,13 @@ def watcher(run, model, faces, held, table):
         return numbers
 
     return end_of_epoch
+
+
+def resumed_pico(run, state):
+    """Put PiCO's state of last.pt into `state`."""
+    saved = load_checkpoint(run.out / "last.pt", "train")["pico"]
+    state["key_model"].load_state_dict(saved.pop("key_model"))
+    state.update({k: v.to(state[k].device) for k, v in saved.items()})
 
 
 def main(argv=None):
@@ -285,10 +545,19 @@ def main(argv=None):
     say(run, "\n".join(faces.notes + [note]))
     say(run, f"{parameters(model):,} parameters; {sizes.mean():.2f} candidates a face, one for "
              f"{(sizes == 1).float().mean():.1%} of them")
-    about = DATA[c["data"]]
-    extra = {"classes": about["classes"], "mean": list(about["mean"]), "std": list(about["std"])}
-    fit(run, model, optimizer, faces, algorithm_1(run, model, faces, table),
-        lambda: {**table, **extra}, watcher(run, model, faces, held, table))
+    about, step_loss, state = DATA[c["data"]], algorithm_1(run, model, faces, table), {}
+    if c["loss"] == "pico":
+        state = pico_state(run, model)
+        if c["resume"]:
+            resumed_pico(run, state)
+        step_loss = pico(run, model, faces, table, state)
+
+    def extra():
+        kept = {k: v.state_dict() if k == "key_model" else v for k, v in state.items()}
+        return {**table, "pico": kept, "classes": about["classes"], "mean": list(about["mean"]),
+                "std": list(about["std"])}
+
+    fit(run, model, optimizer, faces, step_loss, extra, watcher(run, model, faces, held, table))
     say(run, f"trained: {run.out / 'last.pt'}")
 
 

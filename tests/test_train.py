@@ -191,8 +191,8 @@ def test_imagenet_weights_are_torchvisions(monkeypatch):
     weights = torchvision.models.vit_b_16(weights=None).state_dict()
     monkeypatch.setattr(torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.__class__,
                         "get_state_dict", lambda self, **_: weights)
-    config = dict(init="imagenet", data="raf", image_size=224, patch_size=16, dim=768, depth=12,
-                  heads=12)
+    config = dict(init="imagenet", model="vit", data="raf", image_size=224, patch_size=16,
+                  dim=768, depth=12, heads=12)
     encoder = pretrain.build_encoder(config)
     note = train.initial_weights(config, encoder)
     assert "all 150 tensors from torchvision's IMAGENET1K_V1" in note

@@ -1,0 +1,207 @@
+"""Every row of the paper's tables is one command; what is measured of it; how rows are compared."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+import evaluate
+import pretrain
+import train
+from conftest import TINY, read_log, read_state
+from datasets import Faces, InputError
+from evaluate import comparison, not_in, vote_metrics
+from pretrain import command_line
+
+
+def flags_for(method, out, cache, *more):
+    """A tiny run of a method; rows that need a pre-training run start without."""
+    init = train.METHODS[method].get("init", "pretrain")
+    return ["--method", method, *TINY, "--warmup-revision", "1", "--threshold", "0.02", "--out",
+            str(out), "--cache", str(cache), *(["--init", "none"] if init != "imagenet" else []),
+            *map(str, more)]
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_every_row_of_the_tables_is_one_command(method, tmp_path, cache):
+    train.main(flags_for(method, tmp_path / "run", cache, "--lr", 3e-3))
+    log, state = read_log(tmp_path / "run"), read_state(tmp_path / "run")
+    assert log[1]["pll"] < log[0]["pll"] or method.startswith(("lw", "pico"))
+    confidence, candidates = state["confidence"], state["candidates"]
+    if not method.startswith("lw"):
+        torch.testing.assert_close(confidence.sum(1), torch.ones(2000))
+    if state["config"]["loss"] in ("pll", "rc", "pico", "cc"):
+        assert (confidence[~candidates] == 0).all()
+    moved = state["config"]["revise"] or state["config"]["loss"] in ("rc", "lw", "pico")
+    assert moved == ("revised" in log[1])
+    wanted = {"decoder": (True, False, False), "decoder-uniform": (True, True, False),
+              "decoder-revision": (True, False, True), "ours": (True, True, True),
+              "resnet18-pll": (False, False, True), "mim-hog-pll": (False, False, False)}
+    config = state["config"]
+    if method in wanted:
+        assert wanted[method] == (config["head"] == "decoder", config["uniform_weight"] > 0,
+                                  config["revise"])
+
+
+@pytest.mark.parametrize("method", ["rc", "lw-vit", "pico", "pico-vit"])
+def test_interrupted_equals_uninterrupted_for_the_rivals(method, tmp_path, cache, monkeypatch):
+    train.main(flags_for(method, tmp_path / "whole", cache))
+    save = pretrain.save_checkpoint
+
+    def save_and_die(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "save_checkpoint", save_and_die)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(flags_for(method, tmp_path / "parts", cache))
+    monkeypatch.setattr(pretrain, "save_checkpoint", save)
+    train.main(flags_for(method, tmp_path / "parts", cache, "--resume"))
+    assert read_log(tmp_path / "parts") == read_log(tmp_path / "whole")
+    a, b = read_state(tmp_path / "parts"), read_state(tmp_path / "whole")
+    assert a["confidence"].equal(b["confidence"])
+    for group in ("model", "pico"):
+        for name, value in a[group].items():
+            if name == "key_model":
+                assert all(v.equal(b["pico"][name][k]) for k, v in value.items())
+            else:
+                assert value.equal(b[group][name]), name
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--method", "rc", "--revise"], "--revise: Eq. (4-5) revise the confidence of --loss pll"),
+    (["--head", "linear", "--uniform-weight", "1"], "a linear head has no label queries to spread"),
+    (["--loss", "lw", "--candidates", "uniform:0"], "every candidate set has a single label"),
+    (["--method", "pico", "--crop-scale", "1", "--degrees", "0", "--light", "0", "--erase", "0"],
+     "compares two views of a face, which need augmentation"),
+    (["--candidates", "uniform:2"], "--candidates uniform:2: choose votes, lw1"),
+    (["--candidates", "lw3"], "--candidates lw3: choose votes, lw1"),
+    (["--method", "mim-pixel"], "make it with: python pretrain.py --data toy --target pixel")])
+def test_settings_that_do_not_go_together(flags, message, tmp_path, cache, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if "mim-pixel" not in flags:
+        flags = [*flags, "--init", "none"]
+    with pytest.raises(SystemExit) as stop:
+        command_line(lambda: train.main([*TINY, "--cache", str(cache), *flags]))
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prefix, wrap", [("", "state_dict"), ("module.", "state_dict"),
+                                          ("module.backbone.", None), ("net.", "model_state_dict")])
+def test_resnet_checkpoints_of_any_prefix_are_read(prefix, wrap, tmp_path):
+    source = torchvision.models.resnet18(weights=None).state_dict()
+    weights = {prefix + k: v for k, v in source.items() if "num_batches" not in k}
+    torch.save({wrap: weights, "epoch": 3} if wrap else weights, tmp_path / "ms.pth")
+    encoder = train.ResNet18()
+    note = train.initial_weights(dict(init=str(tmp_path / "ms.pth"), model="resnet18"), encoder)
+    assert note.startswith("encoder: all 120 tensors from")
+    assert encoder.net.layer4[1].conv2.weight.equal(source["layer4.1.conv2.weight"])
+    torch.save({"w": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="not a ResNet-18"):
+        train.resnet_weights(tmp_path / "other.pth")
+
+
+def test_resnet_tokens_are_torchvisions_features():
+    net = torchvision.models.resnet18(weights=None).eval()
+    encoder = train.ResNet18().eval()
+    weights = {k: v for k, v in net.state_dict().items() if not k.startswith("fc.")}
+    encoder.net.load_state_dict(weights)
+    images = torch.randn(2, 3, 64, 64)
+    tokens = encoder(images)
+    assert tokens.shape == (2, 5, 512)
+    torch.testing.assert_close(net.fc(tokens[:, 0]), net(images), rtol=1e-4, atol=1e-5)
+
+
+def faces_with(labels, votes=None):
+    labels = torch.tensor(labels)
+    return Faces("toy", "train", np.zeros((len(labels), 3, 2, 2), np.uint8), labels,
+                 [str(i) for i in range(len(labels))], votes)
+
+
+def test_the_start_of_confidence():
+    votes = torch.tensor([[6.0, 3, 1, 0, 0, 0, 0]])
+    faces, candidates = faces_with([0], votes), votes >= 2
+    start = lambda loss, prior="uniform": train.make_confidence(
+        dict(loss=loss, prior=prior, data="toy"), faces, candidates)[0].tolist()
+    assert start("pll") == [0.5, 0.5, 0, 0, 0, 0, 0]
+    assert start("pll", "votes") == pytest.approx([6 / 9, 3 / 9, 0, 0, 0, 0, 0])
+    assert start("ce") == [1, 0, 0, 0, 0, 0, 0]
+    assert start("soft") == pytest.approx([0.6, 0.3, 0.1, 0, 0, 0, 0])
+    assert start("lw") == pytest.approx([0.5, 0.5, 0.2, 0.2, 0.2, 0.2, 0.2])
+    with pytest.raises(InputError, match="has no votes"):
+        train.make_confidence(dict(loss="soft", prior="uniform", data="raf"), faces_with([0]),
+                              candidates)
+
+
+def test_generated_sets_replace_votes_when_asked():
+    votes = torch.tensor([[6.0, 3, 1, 0, 0, 0, 0]] * 500)
+    config, faces = dict(data="toy", min_votes=1, seed=0), faces_with([0] * 500, votes)
+    sets = lambda kind: train.make_candidates({**config, "candidates": kind}, faces)
+    assert sets(None).equal(votes >= 1) and sets("votes").equal(votes >= 1)
+    assert 0.4 < sets("lw1")[:, 1].float().mean() < 0.6 and not sets("lw1")[:, 2:].any()
+    assert 0.2 < sets("uniform:0.3")[:, 1:].float().mean() < 0.4
+    with pytest.raises(InputError, match="raf has no votes"):
+        train.make_candidates({**config, "data": "raf", "candidates": "votes"}, faces_with([0]))
+
+
+def test_vote_metrics_equal_their_slow_twin():
+    torch.manual_seed(0)
+    logits, votes = torch.randn(300, 5) * 2, torch.randint(0, 6, (300, 5)).float()
+    votes[:, 0] += 1
+    nll, bins = 0.0, {}
+    for z, v in zip(logits.tolist(), votes.tolist()):
+        zeta = [math.exp(a) / sum(math.exp(b) for b in z) for a in z]
+        shares = [a / sum(v) for a in v]
+        nll -= sum(s * math.log(p) for s, p in zip(shares, zeta))
+        best = max(range(5), key=lambda j: zeta[j])
+        bins.setdefault(min(int(zeta[best] * 15), 14), []).append((zeta[best], shares[best]))
+    ece = sum(abs(sum(p - s for p, s in rows)) for rows in bins.values()) / 300
+    assert vote_metrics(logits, votes) == pytest.approx((nll / 300, ece), rel=1e-4)
+
+
+def test_predicting_the_vote_shares_is_calibrated():
+    votes = torch.tensor([[7.0, 2, 1], [5, 3, 2], [4, 4, 2]])
+    nll, ece = vote_metrics((votes / 10).log(), votes)
+    assert ece == pytest.approx(0, abs=1e-6)
+    assert nll < vote_metrics(torch.zeros(3, 3), votes)[0]
+
+
+def test_duplicates_are_found_by_their_pixels():
+    images = np.random.default_rng(0).integers(0, 255, (6, 1, 4, 4)).astype(np.uint8)
+    make = lambda rows: Faces("toy", "test", images[rows], torch.zeros(len(rows), dtype=torch.long),
+                              [str(r) for r in rows])
+    assert not_in(make([0, 1, 2, 3]), make([3, 4, 1, 5])).tolist() == [True, False, True, False]
+
+
+def result(accuracy, seed, method="ours", **more):
+    return ({"accuracy": accuracy, "mean_class_accuracy": 0.5, "split": "test"},
+            {"method": method, "data": "raf", "seed": seed, "out": str(seed), **more})
+
+
+def test_runs_that_differ_in_the_seed_are_one_row_with_mean_and_spread():
+    lines = comparison([result(0.80, 0), result(0.84, 1), result(0.7, 0, "baseline"),
+                        result(0.9, 0, lr=1.0)], markdown=True)
+    assert len(lines) == 2 + 3
+    assert lines[2] == "| ours | raf test | 2 | 82.0 ± 2.8 | 50.0 ± 0.0 | 92.05 |"
+    assert lines[3] == "| baseline | raf test | 1 | 70.0 | 50.0 | 88.36 |"
+    assert lines[0].endswith("accuracy in the paper |")
+
+
+def test_the_papers_figures_are_the_papers():
+    for method in evaluate.PAPER:
+        assert method in train.METHODS
+    assert evaluate.PAPER["ours"]["raf"] - evaluate.PAPER["baseline"]["raf"] == pytest.approx(3.69)
+
+
+def test_several_runs_are_compared_and_json_is_one_object_a_run(trained, cache, tmp_path, capsys):
+    train.main(flags_for("decoder", tmp_path, cache))
+    capsys.readouterr()
+    evaluate.main([str(trained), str(tmp_path), "--markdown"])
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].startswith("| method | data | seeds | accuracy |") and len(table) == 4
+    evaluate.main([str(trained), str(tmp_path), "--json"])
+    objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [o["run"] for o in objects] == [str(trained), str(tmp_path)]
+    assert f"{objects[1]['accuracy'] * 100:.1f}" in table[3]
