@@ -170,7 +170,7 @@ def comparison(results, markdown):
     """
     groups = {}
     for result, config in results:
-        same = {k: v for k, v in config.items() if k not in FREE + ("seed", "init", "batch_size")}
+        same = {k: v for k, v in config.items() if k not in FREE + ("seed", "init")}
         groups.setdefault(json.dumps(same, sort_keys=True), []).append((result, config))
     columns = [c for c in COLUMNS if any(c[0] in result for result, _ in results)]
     rows = [["method", "data", "seeds"] + [heading for _, heading, _ in columns] +
@@ -204,7 +204,7 @@ def main(argv=None):
     add("--json", action="store_true", help="print one JSON object a run")
     add("--markdown", action="store_true", help="print the comparison as a Markdown table")
     args = parser.parse_args(argv)
-    overrides = {"device": args.device, "batch_size": 256}
+    overrides = {"device": args.device}
     if args.data_dir:
         overrides["data_dir"] = args.data_dir
     results = []

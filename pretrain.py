@@ -216,19 +216,25 @@ def make_parser(description, settings):
 
 
 def resolve(args, settings, stage, overrides=None):
-    """All settings of a run as a plain dict: the command's, else `overrides`, else the preset's."""
+    """All settings of a run as a plain dict: the command's, else `overrides`, else the preset's.
+
+    Warm-ups that are not given keep the preset's share of the epochs.
+    """
     config = vars(args).copy()
     config["scale"] = args.scale or ("laptop" if args.data == "toy" else "paper")
     config["stage"] = stage
-    for name, (paper, laptop, low, high, _) in settings.items():
+    for name, (paper, _, low, high, _) in settings.items():
         if config[name] is None:
-            preset = paper if config["scale"] == "paper" else laptop
-            config[name] = (overrides or {}).get(name, preset)
+            column = 0 if config["scale"] == "paper" else 1
+            config[name] = (overrides or {}).get(name, settings[name][column])
+            if name.startswith("warmup"):
+                config[name] = round(config[name] * config["epochs"] / settings["epochs"][column])
         if not isinstance(paper, str) and not low <= config[name] <= high:
             raise InputError(f"--{name.replace('_', '-')} {config[name]}: give a number from {low} "
                              f"to {high}")
-    if config["warmup_epochs"] > config["epochs"]:
-        config["warmup_epochs"] = config["epochs"] // 10
+        if name.startswith("warmup") and config[name] > config["epochs"]:
+            raise InputError(f"--{name.replace('_', '-')} {config[name]}: more than the "
+                             f"{config['epochs']} epochs")
     for a, b in (("image_size", "patch_size"), ("dim", "heads"), ("decoder_dim", "decoder_heads")):
         if a in config and config[a] % config[b]:
             raise InputError(f"--{a.replace('_', '-')} {config[a]} is not a multiple of "
@@ -267,11 +273,6 @@ def start(config):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {config['device']}: cannot be used ({reason})") from None
-    batch = config["batch_size"]
-    if batch % world:
-        nearest = max(round(batch / world), 1) * world
-        raise InputError(f"--batch-size {batch} cannot be divided among {world} processes; the "
-                         f"nearest that can is {nearest}")
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Run(config, rank, world, device)
@@ -352,6 +353,12 @@ def precision(device):
     if device.type != "cuda":
         return None
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def autocast(run):
+    """The context in which a network is called; all else (HOG, losses, crops) stays in fp32."""
+    dtype = precision(run.device)
+    return torch.autocast(run.device.type, dtype, enabled=dtype is not None)
 
 
 # --------------------------------------------------------------- what both stages need: checkpoints
@@ -463,8 +470,12 @@ def fit(run, model, optimizer, faces, step_loss, extra=dict, end_of_epoch=None):
     logged beside the means of the step's scalars. All that is random is a function of the seed and
     the step, so a resumed run draws what an uninterrupted one draws.
     """
-    c, dtype = run.config, precision(run.device)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=dtype == torch.float16)
+    c = run.config
+    if c["batch_size"] % run.world:
+        nearest = max(round(c["batch_size"] / run.world), 1) * run.world
+        raise InputError(f"--batch-size {c['batch_size']} cannot be divided among {run.world} "
+                         f"processes; the nearest that can is {nearest}")
+    scaler = torch.amp.GradScaler(run.device.type, enabled=precision(run.device) == torch.float16)
     steps = len(faces) // c["batch_size"]
     if not steps:
         raise InputError(f"--batch-size {c['batch_size']} is more than the {len(faces)} faces")
@@ -483,8 +494,7 @@ def fit(run, model, optimizer, faces, step_loss, extra=dict, end_of_epoch=None):
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
             torch.manual_seed((c["seed"] * 1_000_003 + step) * run.world + run.rank)   # drop path
-            with torch.autocast(run.device.type, dtype, enabled=dtype is not None):
-                loss, numbers = step_loss(network, images, indices, step)
+            loss, numbers = step_loss(network, images, indices, step)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -585,7 +595,9 @@ def main(argv=None):
         seed = c["seed"] * 1_000_003 + step
         mask = draw_masks(c["mask"], run.rows, grid, count, seed).to(run.device)   # (b, N)
         target = make_targets(images, c["target"], c["patch_size"])                # (b, N, T)
-        loss = masked_mse(network(images, mask), target, mask)
+        with autocast(run):
+            prediction = network(images, mask)                                     # (b, N, T)
+        loss = masked_mse(prediction, target, mask)
         return loss, {"loss": loss, "trivial": masked_mse(trivial, target, mask)}
 
     def skill(epoch, record):

@@ -33,8 +33,8 @@ from pll import (candidates_from_votes, cc_loss, contrastive_loss, generate_cand
                  initial_confidence, is_revised, lw_loss, lw_weights, move_prototypes,
                  moving_confidence, pll_loss, prototype_labels, rc_update, revise, transition,
                  uniform_loss, uniform_transition)
-from pretrain import (MODEL_SETTINGS, build_encoder, command_line, fit, load_checkpoint, load_split,
-                      load_weights, make_parser, parameter_groups, parameters, precision, resolve,
+from pretrain import (MODEL_SETTINGS, autocast, build_encoder, command_line, fit, load_checkpoint,
+                      load_split, load_weights, make_parser, parameter_groups, parameters, resolve,
                       say, start, uniforms)
 from vit import from_torchvision, interpolate_positions
 
@@ -288,13 +288,13 @@ def predict(run, model, faces, batch_size=256):
 
     Each process computes every world-th batch; no face is padded or counted twice.
     """
-    c, dtype = run.config, precision(run.device)
+    c = run.config
     model.eval()
     logits = torch.zeros(len(faces), len(DATA[c["data"]]["classes"]), device=run.device)
     for i in range(run.rank * batch_size, len(faces), run.world * batch_size):
         rows = range(i, min(i + batch_size, len(faces)))
         images = prepare(faces[rows].to(run.device), c["image_size"], c["data"])
-        with torch.autocast(run.device.type, dtype, enabled=dtype is not None):
+        with autocast(run):
             output = model(images)
         logits[rows.start:rows.stop] = output[0] if isinstance(output, tuple) else output
     if run.world > 1:
@@ -417,7 +417,9 @@ def algorithm_1(run, model, faces, table):
         images = augment(images, uniforms(run, step), c["image_size"], c["data"], c["crop_scale"],
                          c["degrees"], c["light"], c["erase"])
         indices = indices.to(run.device)
-        logits = network(images)                                          # (b, K)
+        with autocast(run):
+            logits = network(images)                                      # (b, K)
+        logits = logits.float()
         uniform = logits.new_zeros(())
         if c["uniform_weight"]:
             uniform = uniform_loss(model.head.queries, c["tau"])          # Eq. (3)
@@ -460,11 +462,14 @@ def pico(run, model, faces, table, state):
     def iteration(network, images, indices, step):
         u = uniforms(run, step, columns=24)                               # 12 for each view
         indices = indices.to(run.device)
-        logits, q = network(augment(images, u[:, :12], *views))           # (b, K), (b, 128)
+        one, two = augment(images, u[:, :12], *views), augment(images, u[:, 12:], *views)
+        with autocast(run):
+            logits, q = network(one)                                      # (b, K), (b, 128)
         with torch.no_grad():
             for key, query in zip(state["key_model"].parameters(), model.parameters()):
                 key.lerp_(query, 1 - PICO["encoder_momentum"])
-            _, k = state["key_model"](augment(images, u[:, 12:], *views))   # (b, 128)
+            with autocast(run):
+                _, k = state["key_model"](two)                            # (b, 128)
             guess = logits.float().masked_fill(~candidates[indices], -torch.inf).argmax(dim=1)
             q_all, k_all = (share_rows(run, indices, x.detach())[1] for x in (q, k))   # (B, 128)
             everywhere, guess_all = share_rows(run, indices, guess)       # (B,)

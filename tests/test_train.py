@@ -95,7 +95,7 @@ def test_interrupted_equals_uninterrupted(script, flags, tmp_path, cache):
 
 @pytest.mark.parametrize("script, flags", [
     ("pretrain.py", ["--decoder-dim", 8, "--decoder-heads", 2]),
-    ("train.py", ["--init", "none", "--warmup-revision", 1, "--threshold", 0.02])])
+    ("train.py", ["--init", "none", "--warmup-revision", 1, "--threshold", 0.01, "--lr", 1e-3])])
 def test_two_processes_equal_one(script, flags, tmp_path, cache):
     flags = [*TINY, *flags, "--cache", cache]
     run_script(script, *flags, "--out", tmp_path / "one")
@@ -106,7 +106,8 @@ def test_two_processes_equal_one(script, flags, tmp_path, cache):
     if script == "train.py":
         assert one["candidates"].equal(two["candidates"])
         differing = (one["confidence"] != two["confidence"]).any(1).float().mean()
-        assert differing < 0.002 and is_revised(two["confidence"]).float().mean() > 0.3
+        several = two["candidates"].sum(1) > 1
+        assert differing < 0.002 and is_revised(two["confidence"])[several].float().mean() > 0.2
 
 
 def test_evaluation_prints_text_and_json_and_is_exact_with_two_processes(trained, cache):
@@ -228,3 +229,22 @@ def test_a_label_is_learned_from_sets_that_are_never_single():
         optimizer.step()
     assert (confidence.argmax(1) == truth).float().mean() > 0.95
     assert is_revised(confidence).float().mean() > 0.9
+
+
+def test_warm_ups_keep_their_share_of_the_epochs():
+    c = train.parse(["--epochs", "30", "--init", "none"])
+    assert (c["warmup_epochs"], c["warmup_revision"]) == (4, 10)
+    c = train.parse(["--scale", "paper", "--epochs", "10", "--warmup-revision", "9"])
+    assert (c["warmup_epochs"], c["warmup_revision"]) == (2, 9)
+    with pytest.raises(InputError, match="--warmup-epochs 3: more than the 2 epochs"):
+        train.parse(["--epochs", "2", "--warmup-epochs", "3"])
+
+
+def test_the_papers_settings_are_the_defaults_of_real_data():
+    c = train.parse(["--data", "raf"])
+    assert (c["batch_size"], c["lr"], c["weight_decay"], c["min_votes"]) == (320, 1e-4, 5e-2, 1)
+    assert (c["image_size"], c["patch_size"], c["dim"], c["depth"], c["heads"]) == (224, 16, 768, 12, 12)
+    assert c["layer_decay"] == 0.65 and c["drop_path"] == 0.1 and c["init"] == "runs/pretrain-raf"
+    assert (c["head"], c["loss"], c["revise"], c["uniform_weight"]) == ("decoder", "pll", True, 1.0)
+    s = pretrain.SETTINGS
+    assert [s[k][0] for k in ("epochs", "batch_size", "lr", "mask_ratio")] == [600, 192, 2e-4, 0.4]
