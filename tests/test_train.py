@@ -243,7 +243,8 @@ def test_warm_ups_keep_their_share_of_the_epochs():
 def test_the_papers_settings_are_the_defaults_of_real_data():
     c = train.parse(["--data", "raf"])
     assert (c["batch_size"], c["lr"], c["weight_decay"], c["min_votes"]) == (320, 1e-4, 5e-2, 1)
-    assert (c["image_size"], c["patch_size"], c["dim"], c["depth"], c["heads"]) == (224, 16, 768, 12, 12)
+    size = [c[k] for k in ("image_size", "patch_size", "dim", "depth", "heads")]
+    assert size == [224, 16, 768, 12, 12]
     assert c["layer_decay"] == 0.65 and c["drop_path"] == 0.1 and c["init"] == "runs/pretrain-raf"
     assert (c["head"], c["loss"], c["revise"], c["uniform_weight"]) == ("decoder", "pll", True, 1.0)
     s = pretrain.SETTINGS
