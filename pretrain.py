@@ -462,6 +462,28 @@ def batches(run, faces, epoch, first):
         yield images.to(run.device, non_blocking=True), indices
 
 
+def steps_per_epoch(run, faces):
+    """Whole batches in the training set; InputError for a batch that cannot be had or divided."""
+    size = run.config["batch_size"]
+    if size % run.world:
+        nearest = max(round(size / run.world), 1) * run.world
+        raise InputError(f"--batch-size {size} cannot be divided among {run.world} processes; the "
+                         f"nearest that can is {nearest}")
+    if size > len(faces):
+        raise InputError(f"--batch-size {size} is more than the {len(faces)} faces")
+    return len(faces) // size
+
+
+def update(model, optimizer, scaler, loss, clip):
+    """One step down the gradient of the loss, its norm clipped."""
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    scaler.step(optimizer)
+    scaler.update()
+
+
 def fit(run, model, optimizer, faces, step_loss, extra=dict, end_of_epoch=None):
     """Train for the epochs of the settings, from the start or from the run folder's checkpoint.
 
@@ -470,15 +492,8 @@ def fit(run, model, optimizer, faces, step_loss, extra=dict, end_of_epoch=None):
     logged beside the means of the step's scalars. All that is random is a function of the seed and
     the step, so a resumed run draws what an uninterrupted one draws.
     """
-    c = run.config
-    if c["batch_size"] % run.world:
-        nearest = max(round(c["batch_size"] / run.world), 1) * run.world
-        raise InputError(f"--batch-size {c['batch_size']} cannot be divided among {run.world} "
-                         f"processes; the nearest that can is {nearest}")
+    c, steps = run.config, steps_per_epoch(run, faces)
     scaler = torch.amp.GradScaler(run.device.type, enabled=precision(run.device) == torch.float16)
-    steps = len(faces) // c["batch_size"]
-    if not steps:
-        raise InputError(f"--batch-size {c['batch_size']} is more than the {len(faces)} faces")
     state = resume(run, model, optimizer, scaler) if c["resume"] else {"step": 0, "log": []}
     step, log = state["step"], state["log"]
     write_config(run)
@@ -495,12 +510,7 @@ def fit(run, model, optimizer, faces, step_loss, extra=dict, end_of_epoch=None):
                 group["lr"] = lr * group["scale"]
             torch.manual_seed((c["seed"] * 1_000_003 + step) * run.world + run.rank)   # drop path
             loss, numbers = step_loss(network, images, indices, step)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), c["clip"])
-            scaler.step(optimizer)
-            scaler.update()
+            update(model, optimizer, scaler, loss, c["clip"])
             for name, value in numbers.items():
                 sums[name] = sums.get(name, 0) + value.detach().double()
             step += 1

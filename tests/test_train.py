@@ -249,3 +249,21 @@ def test_the_papers_settings_are_the_defaults_of_real_data():
     assert (c["head"], c["loss"], c["revise"], c["uniform_weight"]) == ("decoder", "pll", True, 1.0)
     s = pretrain.SETTINGS
     assert [s[k][0] for k in ("epochs", "batch_size", "lr", "mask_ratio")] == [600, 192, 2e-4, 0.4]
+
+
+def test_both_stages_at_the_papers_size():
+    """One step each at ViT-B/16 and 224: shapes, 79 of 196 patches masked, a finite gradient."""
+    defaults = lambda settings: {name: row[0] for name, row in settings.items()}
+    c = {**defaults(pretrain.SETTINGS), "target": "hog", "encoder": "visible"}
+    model, images = pretrain.build_masked_model(c), torch.rand(1, 3, 224, 224)
+    mask = pretrain.draw_masks("block", range(1), 14, pretrain.masked_count(196, 0.4), seed=0)
+    target, prediction = pretrain.make_targets(images, "hog", 16), model(images, mask)
+    assert mask.sum() == 79 and prediction.shape == target.shape == (1, 196, 108)
+    pretrain.masked_mse(prediction, target, mask).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    recogniser = train.build_model({**defaults(train.SETTINGS), "data": "ferplus"})
+    recogniser.encoder = model.encoder
+    logits = recogniser(images)
+    assert logits.shape == (1, 8)
+    train.pll_loss(logits, torch.full((1, 8), 1 / 8)).backward()
+    assert recogniser.head.queries.grad.isfinite().all()
