@@ -259,6 +259,10 @@ def list_ferplus(root, split, convention, partial):
     if images is not None and len(images) != len(rows):
         raise InputError(f"{pixels}: {len(images)} rows, but {table} has {len(rows)}; they are "
                          "joined by row, so both must be complete")
+    for (line, row), other in zip(rows, images or ()):
+        if row["Usage"] != other["Usage"]:
+            raise InputError(f"{pixels}, row {line}: Usage {other['Usage']}, but {row['Usage']} in "
+                             f"{table.name}; the two files must have one order")
     kept, nameless, repeated = {}, 0, 0          # name -> (votes, row); a later row replaces
     for line, row in rows:
         if row["Usage"] != usage:
@@ -275,7 +279,10 @@ def list_ferplus(root, split, convention, partial):
         if images is None:
             return to_array(read_image(inside(folder, names[i], table), 1), side)
         line = kept[names[i]][1]
-        values = np.array(images[line - 2]["pixels"].split(), dtype=np.int64)
+        try:
+            values = np.array((images[line - 2]["pixels"] or "").split(), dtype=np.int64)
+        except ValueError:
+            values = np.zeros(0)
         if values.size != 48 * 48 or values.min() < 0 or values.max() > 255:
             raise InputError(f"{pixels}, row {line}: not 48 x 48 numbers from 0 to 255")
         return to_array(Image.fromarray(values.reshape(48, 48).astype(np.uint8)), side)
@@ -317,7 +324,6 @@ def list_raf(root, split, convention, partial):
             raise InputError(f"{share}: no 7 votes for {missing[0]}; complete the file or remove "
                              "it")
         votes = [found[n] for n in names]
-        labels = {n: int(np.argmax(v)) for n, v in zip(names, votes)}
     file = {n: aligned / n.replace(".jpg", "_aligned.jpg") if aligned.is_dir() else original / n
             for n in names}
 
@@ -335,8 +341,9 @@ def list_raf(root, split, convention, partial):
     notes = [f"{len(names)} faces, " + ("votes from distribution.txt" if votes else
              "no votes: candidate sets will be generated")
              + (", Image/aligned" if aligned.is_dir() else ", aligned by Annotation/manual")]
-    return Listing(names, [labels[n] for n in names], read, votes, sources=list(file.values()),
-                   notes=notes)
+    return Listing(names, [labels[n] for n in names], read, votes, notes=notes,
+                   sources=list(file.values()) if aligned.is_dir() else
+                   [*file.values(), *(root / "Annotation/manual").iterdir()])
 
 
 def list_affectnet(data, root, split, partial):
@@ -351,19 +358,20 @@ def list_affectnet(data, root, split, partial):
             where, name = f"{table}, row {line}", row["subDirectory_filePath"]
             label = number(row["expression"], where, 0, 10)
             rows.append((inside(root, name, where), label, (where, row["facial_landmarks"])))
-    elif folder.is_dir():
+    elif (folder / "images").is_dir():
         for file in sorted((folder / "images").iterdir(), key=lambda f: (len(f.name), f.name)):
             note = folder / "annotations" / file.stem
             try:
                 label = np.load(f"{note}_exp.npy", allow_pickle=False).item()
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, EOFError) as error:
                 raise InputError(f"{note}_exp.npy: not a class number ({error})") from None
             rows.append((file, number(label, f"{note}_exp.npy", 0, 10), f"{note}_lnd.npy"))
     else:
-        raise layout_error(data, root, f"there is neither {table.name} nor {folder.name}/")
+        raise layout_error(data, root, f"there is neither {table.name} nor {folder.name}/images/")
     kept = [r for r in rows if r[1] < classes]
-    for name, count in Counter(r[1] for r in kept).items() if split == "test" else ():
-        check_count(data, split, count, partial, f"{root}, class {DATA[data]['classes'][name]}")
+    counts = Counter(r[1] for r in kept)
+    for c, name in enumerate(DATA[data]["classes"]):
+        check_count(data, split, counts[c], partial, f"{root}, class {name}")
 
     def read(i, side):
         file, _, points = kept[i]
@@ -372,7 +380,7 @@ def list_affectnet(data, root, split, partial):
             values = (np.load(points, allow_pickle=False) if isinstance(points, str) else
                       np.array(points[1].replace(";", " ").split(), float))
             landmarks = values.astype(float).reshape(68, 2)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, AttributeError) as error:
             raise InputError(f"{where}: not 68 landmarks ({error})") from None
         return to_array(align(read_image(file, 3), five_points(landmarks), side), side)
 
@@ -380,7 +388,9 @@ def list_affectnet(data, root, split, partial):
              "classes (none, uncertain, no face" + (", contempt)" if classes == 7 else ")"),
              "no votes: candidate sets will be generated"]
     names = [str(r[0].relative_to(root)) for r in kept]
-    return Listing(names, [r[1] for r in kept], read, sources=[r[0] for r in kept], notes=notes)
+    marks = [table] if table.exists() else [r[2] for r in kept]
+    return Listing(names, [r[1] for r in kept], read, sources=[r[0] for r in kept] + marks,
+                   notes=notes)
 
 
 def check_count(data, split, found, partial, where):

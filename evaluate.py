@@ -16,6 +16,7 @@ Run:  python evaluate.py                                   (the toy's test split
 """
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 
@@ -153,7 +154,7 @@ def evaluate(path, split, overrides):
     model, run, epoch = load_run(path, overrides)
     data, classes = run.config["data"], DATA[run.config["data"]]["classes"]
     faces, new = load_split(run, split), None
-    if data == "ferplus":                        # 279 images of Valid are in Training too
+    if data == "ferplus":                        # some images stand in Training too
         new = not_in(faces, load_split(run, "train"))
     begin = time.time()
     logits = predict(run, model, faces).cpu()                              # (n, K)
@@ -163,15 +164,31 @@ def evaluate(path, split, overrides):
     return result, run, faces
 
 
+def changes(group, groups):
+    """What tells a group of runs from the others of its method, like ", init none"."""
+    mine, rivals = group[0][1], [g[0][1] for g in groups]
+    rivals = [c for c in rivals if (c["method"], c["data"]) == (mine["method"], mine["data"])]
+    names = [k for k in mine if k not in FREE + ("seed",)
+             and len({re.sub(r"\d+", "", str(c.get(k))) if k == "init" else str(c.get(k))
+                      for c in rivals}) > 1]
+    return "".join(f", {k} {mine[k]}" for k in names)
+
+
 def comparison(results, markdown):
     """Lines of a table: a row for each group of runs that differ in the seed alone.
 
     results: list of (result, config). Numbers are mean and, for several seeds, standard deviation.
+    Paths of --init may differ in their digits (a pre-training run for each seed), in nothing else.
     """
     groups = {}
     for result, config in results:
-        same = {k: v for k, v in config.items() if k not in FREE + ("seed", "init")}
-        groups.setdefault(json.dumps(same, sort_keys=True), []).append((result, config))
+        same = {k: v for k, v in config.items() if k not in FREE + ("seed",)}
+        same["init"] = re.sub(r"\d+", "", str(config.get("init")))
+        group = groups.setdefault(json.dumps(same, sort_keys=True), [])
+        if config["seed"] in [other["seed"] for _, other in group]:
+            raise InputError(f"{result.get('run')}: a second run of seed {config['seed']} with the "
+                             "same settings; name each run once")
+        group.append((result, config))
     columns = [c for c in COLUMNS if any(c[0] in result for result, _ in results)]
     rows = [["method", "data", "seeds"] + [heading for _, heading, _ in columns] +
             ["accuracy in the paper"]]
@@ -184,7 +201,8 @@ def comparison(results, markdown):
             spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.{digits}f}{spread}" if len(values) else "-")
         paper = PAPER.get(config["method"], {}).get(config["data"])
-        rows.append([config["method"], f"{config['data']} {group[0][0]['split']}", str(len(group)),
+        name = config["method"] + changes(group, groups.values())
+        rows.append([name, f"{config['data']} {group[0][0]['split']}", str(len(group)),
                      *cells, "-" if paper is None else f"{paper:.2f}"])
     if markdown:
         rows.insert(1, ["---"] * len(rows[0]))

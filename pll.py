@@ -33,6 +33,8 @@ def candidates_from_votes(votes, min_votes=1):
     if (top <= 0).any():
         row = int((top <= 0).flatten().nonzero()[0])
         raise ValueError(f"row {row} has no votes; leave it out or give it some")
+    if min_votes == 1:
+        return votes > 0                                                  # votes may be shares
     return votes >= top.clamp(max=min_votes)
 
 

@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets import DATA, InputError, augment, load_faces, prepare
+from datasets import DATA, InputError, augment, load_faces
 from hog import hog_targets
 from vit import Block, ViT, initialise, patchify, wave_positions
 
@@ -239,6 +240,11 @@ def resolve(args, settings, stage, overrides=None):
         if a in config and config[a] % config[b]:
             raise InputError(f"--{a.replace('_', '-')} {config[a]} is not a multiple of "
                              f"--{b.replace('_', '-')} {config[b]}")
+    for name, unit, reason in (("dim", 4, "the sine waves of the positions"), ("patch_size", 2,
+                               "2 x 2 cells of HOG"), ("decoder_dim", 4, "its positions")):
+        if name in config and config[name] % unit:
+            raise InputError(f"--{name.replace('_', '-')} {config[name]} is not a multiple of "
+                             f"{unit}, as {reason} need")
     return config
 
 
@@ -274,7 +280,9 @@ def start(config):
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {config['device']}: cannot be used ({reason})") from None
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait for the first process, which may read a large data set for hours.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=12))
     return Run(config, rank, world, device)
 
 
@@ -349,10 +357,14 @@ def learning_rate(step, steps, warmup, peak, floor=1e-6):
 
 
 def precision(device):
-    """Autocast's dtype: bf16 on a CUDA device that has it, else fp16; None (off) on a CPU."""
+    """Autocast's dtype: bf16 on a CUDA device that has it, else fp16; None (off) on a CPU.
+
+    Older cards (V100, T4) emulate bf16 slowly, which torch counts as support: they are given fp16.
+    """
     if device.type != "cuda":
         return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    has_bf16 = torch.version.hip or torch.cuda.get_device_capability(device)[0] >= 8
+    return torch.bfloat16 if has_bf16 else torch.float16
 
 
 def autocast(run):
@@ -420,14 +432,18 @@ def resume(run, model, optimizer, scaler):
         raise InputError(f"{path}: other settings than this command's: {'; '.join(changed)}")
     load_weights(model, state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:                                  # empty where there was no fp16
+        scaler.load_state_dict(state["scaler"])
     return state
 
 
 def write_config(run):
     """config.json: the resolved settings, the command, versions and the commit; also printed."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                            capture_output=True, text=True).stdout.strip()
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
+                                capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = None                                    # git is not installed
     about = {**run.config, "command": " ".join(sys.argv), "commit": commit or None,
              "processes": run.world, "device": str(run.device), "python": sys.version.split()[0],
              "torch": torch.__version__, "torchvision": torchvision.__version__}
@@ -569,11 +585,15 @@ def build_masked_model(config):
 
 
 def mean_target(run, faces):
-    """The mean target of each position over 1,024 faces at most, (1, N, T): the trivial answer."""
+    """The mean target of each position over 1,024 faces at most, (1, N, T): the trivial answer.
+
+    The faces are cropped as in training: it must be the best constant for what the loss is of.
+    """
     c, total, count = run.config, 0.0, min(len(faces), 1024)
+    u = torch.rand(count, 12, generator=torch.Generator().manual_seed(c["seed"])).to(run.device)
     for i in range(0, count, 64):
         images = faces[range(i, min(i + 64, count))].to(run.device)       # uint8 (64, C, S, S)
-        images = prepare(images, c["image_size"], c["data"])
+        images = augment(images, u[i:i + 64], c["image_size"], c["data"], c["crop_scale"])
         total = total + make_targets(images, c["target"], c["patch_size"]).sum(0, keepdim=True)
     return total / count
 

@@ -73,7 +73,7 @@ SETTINGS = {
 
 # A row of the paper's tables is a line here: the settings in which it differs from the method.
 # Table 1 (rc, lw, pico on ResNet-18 as there, and on the ViT; cc and soft belong beside them), then
-# Table 2, Table 3 and Table 4. With --scale laptop, "imagenet" is "none": no such weights fit.
+# Table 2, Table 3 and Table 4. With --scale laptop, "imagenet" is "none": all start alike.
 _plain = dict(head="linear", uniform_weight=0.0, init="imagenet")
 _mim = dict(head="linear", uniform_weight=0.0)
 METHODS = {
@@ -202,8 +202,10 @@ def pretrained_weights(config):
     target = {f"runs/pretrain-{config['data']}": "", f"runs/pretrain-{config['data']}-pixel":
               " --target pixel"}.get(config["init"])
     if not where.exists() and target is not None:
-        raise InputError(f"{where}/last.pt: no pre-training run; make it with: python pretrain.py "
-                         f"--data {config['data']}{target} (or choose --init imagenet or none)")
+        folder = f" --data-dir {config['data_dir']}" if config["data_dir"] else ""
+        raise InputError(f"{config['init']}/last.pt: no pre-training run; make it with: python "
+                         f"pretrain.py --data {config['data']} --scale {config['scale']}{folder}"
+                         f"{target} (or choose --init imagenet or none)")
     state = load_checkpoint(where, "pretrain")
     weights = {k.removeprefix("encoder."): v for k, v in state["model"].items()
                if k.startswith("encoder.")}
@@ -289,6 +291,9 @@ def predict(run, model, faces, batch_size=256):
     Each process computes every world-th batch; no face is padded or counted twice.
     """
     c = run.config
+    if run.world > 1:
+        for buffer in model.buffers():                   # BatchNorm's: each process has its own
+            dist.broadcast(buffer, 0)
     model.eval()
     logits = torch.zeros(len(faces), len(DATA[c["data"]]["classes"]), device=run.device)
     for i in range(run.rank * batch_size, len(faces), run.world * batch_size):
@@ -411,7 +416,9 @@ def algorithm_1(run, model, faces, table):
     """The body of Algorithm 1's inner loop, as the `step_loss` that `pretrain.fit` asks for."""
     c, confidence, candidates = run.config, table["confidence"], table["candidates"]   # (n, K)
     labels, steps = faces.labels.to(run.device), len(faces) // c["batch_size"]
-    frequency = initial_confidence(candidates).mean(dim=0).clamp(min=1e-6).log()       # (K,)
+    start = initial_confidence(candidates) if c["loss"] == "lw" else \
+        make_confidence(c, faces, candidates.cpu()).to(run.device)        # C before training (n, K)
+    frequency = start.mean(dim=0).clamp(min=1e-6).log()                   # (K,), the trivial answer
 
     def iteration(network, images, indices, step):
         images = augment(images, uniforms(run, step), c["image_size"], c["data"], c["crop_scale"],
@@ -429,7 +436,8 @@ def algorithm_1(run, model, faces, table):
         everywhere, rows = share_rows(run, indices, after)
         confidence[everywhere] = rows
         loss = pll + c["uniform_weight"] * uniform
-        trivial, _ = objective(c, frequency.expand(len(sets), -1), after, sets, False)
+        used = after if revising else before                              # the C of the loss
+        trivial, _ = objective(c, frequency.expand(len(sets), -1), used, sets, False)
         hits = (logits.argmax(dim=1) == labels[indices]).float().mean()
         return loss, {"loss": loss, "pll": pll, "trivial": trivial, "uniform": uniform,
                       "train_accuracy": hits}
@@ -530,6 +538,8 @@ def watcher(run, model, faces, held, table):
 def resumed_pico(run, state):
     """Put PiCO's state of last.pt into `state`."""
     saved = load_checkpoint(run.out / "last.pt", "train")["pico"]
+    if not saved:
+        return                                           # another method's: `fit` refuses it
     state["key_model"].load_state_dict(saved.pop("key_model"))
     state.update({k: v.to(state[k].device) for k, v in saved.items()})
 
@@ -553,7 +563,7 @@ def main(argv=None):
     about, step_loss, state = DATA[c["data"]], algorithm_1(run, model, faces, table), {}
     if c["loss"] == "pico":
         state = pico_state(run, model)
-        if c["resume"]:
+        if c["resume"] and (run.out / "last.pt").exists():
             resumed_pico(run, state)
         step_loss = pico(run, model, faces, table, state)
 

@@ -303,3 +303,22 @@ def test_broken_input_is_named(tmp_path):
         load()
     with pytest.raises(InputError, match="(?s)there is no such folder.*FER2013Train/"):
         load_faces("ferplus", tmp_path / "nowhere", "train", 48)
+
+
+def test_raf_is_judged_by_its_official_labels_even_with_a_distribution(tmp_path):
+    fake_raf(tmp_path, share=True)
+    assert listing("raf", tmp_path, "test", partial=True).labels == [6]     # the votes say surprise
+
+
+def test_affectnet_without_a_class_or_without_images_is_one_error(tmp_path):
+    (tmp_path / "val_set").mkdir()
+    found = "(?s)neither validation.csv nor val_set/images/.*_lnd.npy"
+    with pytest.raises(InputError, match=found):
+        listing("affectnet8", tmp_path, "test")
+    with open(tmp_path / "validation.csv", "w", newline="") as file:
+        rows = [["subDirectory_filePath", "facial_landmarks", "expression"]]
+        csv.writer(file).writerows(rows + [[f"{i}.jpg", "", i % 7] for i in range(3500)])
+    assert len(listing("affectnet7", tmp_path, "test").names) == 3500
+    found = "class contempt: 0 faces for the test split, officially 500"
+    with pytest.raises(InputError, match=found):
+        listing("affectnet8", tmp_path, "test")

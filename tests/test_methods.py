@@ -13,6 +13,7 @@ import train
 from conftest import TINY, read_log, read_state
 from datasets import Faces, InputError
 from evaluate import comparison, not_in, vote_metrics
+from pll import initial_confidence, pll_loss, revise
 from pretrain import command_line
 
 
@@ -78,7 +79,8 @@ def test_interrupted_equals_uninterrupted_for_the_rivals(method, tmp_path, cache
      "compares two views of a face, which need augmentation"),
     (["--candidates", "uniform:2"], "--candidates uniform:2: choose votes, lw1"),
     (["--candidates", "lw3"], "--candidates lw3: choose votes, lw1"),
-    (["--method", "mim-pixel"], "make it with: python pretrain.py --data toy --target pixel")])
+    (["--method", "mim-pixel"], "make it with: python "
+     "pretrain.py --data toy --scale laptop --target pixel")])
 def test_settings_that_do_not_go_together(flags, message, tmp_path, cache, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if "mim-pixel" not in flags:
@@ -175,18 +177,26 @@ def test_duplicates_are_found_by_their_pixels():
     assert not_in(make([0, 1, 2, 3]), make([3, 4, 1, 5])).tolist() == [True, False, True, False]
 
 
-def result(accuracy, seed, method="ours", **more):
+def result(accuracy, seed, method="ours", init="runs/pretrain-raf", **more):
     return ({"accuracy": accuracy, "mean_class_accuracy": 0.5, "split": "test"},
-            {"method": method, "data": "raf", "seed": seed, "out": str(seed), **more})
+            {"method": method, "data": "raf", "seed": seed, "out": str(seed), "init": init, **more})
 
 
 def test_runs_that_differ_in_the_seed_are_one_row_with_mean_and_spread():
-    lines = comparison([result(0.80, 0), result(0.84, 1), result(0.7, 0, "baseline"),
-                        result(0.9, 0, lr=1.0)], markdown=True)
-    assert len(lines) == 2 + 3
-    assert lines[2] == "| ours | raf test | 2 | 82.0 ± 2.8 | 50.0 ± 0.0 | 92.05 |"
-    assert lines[3] == "| baseline | raf test | 1 | 70.0 | 50.0 | 88.36 |"
+    lines = comparison([result(0.80, 0), result(0.84, 1), result(0.7, 0, "baseline")], True)
+    assert lines[2:] == ["| ours | raf test | 2 | 82.0 ± 2.8 | 50.0 ± 0.0 | 92.05 |",
+                         "| baseline | raf test | 1 | 70.0 | 50.0 | 88.36 |"]
     assert lines[0].endswith("accuracy in the paper |")
+    with pytest.raises(InputError, match="a second run of seed 0"):
+        comparison([result(0.80, 0), result(0.80, 0)], True)
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_rows_that_say_so():
+    lines = comparison([result(0.8, 0, init="p/seed0"), result(0.9, 1, init="p/seed1"),
+                        result(0.5, 0, init="none"), result(0.6, 0, init="p/seed0", lr=1.0)], True)
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| ours, init p/seed0", "| ours, init none", "| ours, init p/seed0, lr 1.0"]
+    assert lines[2].split(" | ")[2:4] == ["2", "85.0 ± 7.1"]
 
 
 def test_the_papers_figures_are_the_papers():
@@ -205,3 +215,36 @@ def test_several_runs_are_compared_and_json_is_one_object_a_run(trained, cache, 
     objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [o["run"] for o in objects] == [str(trained), str(tmp_path)]
     assert f"{objects[1]['accuracy'] * 100:.1f}" in table[3]
+
+
+@pytest.mark.parametrize("revising", [True, False])
+def test_algorithm_1_revises_before_it_computes_the_loss(revising):
+    torch.manual_seed(0)
+    logits, candidates = torch.randn(50, 7) * 5, torch.rand(50, 7) < 0.5
+    candidates[:, 0] = True
+    start = initial_confidence(candidates)
+    c = dict(loss="pll", threshold=0.05)
+    loss, after = train.objective(c, logits, start, candidates, revising)
+    revised = revise(start, logits, 0.05)
+    assert not revised.equal(start)
+    assert after.equal(revised if revising else start)
+    assert loss == pll_loss(logits, after)
+    assert loss != pll_loss(logits, start if revising else revised)
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 0), torch.float16), ((8, 0), torch.bfloat16)])
+def test_cards_without_bf16_are_given_fp16(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert pretrain.precision(torch.device("cuda")) == dtype
+    assert pretrain.precision(torch.device("cpu")) is None
+
+
+def test_a_clipped_gradient_has_at_most_the_norm_asked_for():
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    scaler = torch.amp.GradScaler(enabled=False)
+    before = [p.detach().clone() for p in model.parameters()]
+    pretrain.update(model, optimizer, scaler, model(torch.full((1, 4), 100.0)).sum(), 0.02)
+    moved = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before)]).norm()
+    assert moved.item() == pytest.approx(0.02, rel=1e-3)

@@ -176,6 +176,8 @@ def test_candidates_from_votes():
     one, two = candidates_from_votes(votes), candidates_from_votes(votes, 2)
     assert one.int().tolist() == [[1, 1, 0, 1], [1, 1, 0, 1], [1, 0, 0, 0]]
     assert two.int().tolist() == [[1, 0, 0, 1], [1, 1, 0, 1], [1, 0, 0, 0]]
+    shares = torch.tensor([[0.7, 0.2, 0.1, 0.0]])                  # a distribution, not counts
+    assert candidates_from_votes(shares).int().tolist() == [[1, 1, 1, 0]]
     with pytest.raises(ValueError, match="row 1 has no votes"):
         candidates_from_votes(torch.tensor([[1.0, 0], [0, 0]]))
 
