@@ -351,7 +351,7 @@ def list_affectnet(data, root, split, partial):
     classes = len(DATA[data]["classes"])
     table = root / {"train": "training.csv", "test": "validation.csv"}[split]
     folder = root / {"train": "train_set", "test": "val_set"}[split]
-    rows, dropped = [], 0                        # (image file, label, landmarks or their file)
+    rows = []                                    # (image file, label, landmarks or their file)
     if table.exists():
         columns = ["subDirectory_filePath", "facial_landmarks", "expression"]
         for line, row in read_csv(table, columns):

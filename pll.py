@@ -63,7 +63,7 @@ def generate_candidates(labels, matrix, seed):
 
 
 def uniform_transition(classes, chance):
-    """Every wrong label joins a set with the same chance (Feng et al. 2020, RC), (K, K)."""
+    """Every wrong label joins a set with the same chance, (K, K); the diagonal is 1."""
     return torch.eye(classes).clamp(min=chance)
 
 

@@ -32,7 +32,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -419,8 +418,13 @@ def load_weights(model, weights, where):
 FREE = ("resume", "workers", "device", "out", "data_dir", "cache")
 
 
-def resume(run, model, optimizer, scaler):
-    """Put the state of last.pt into model, optimizer and scaler and return the checkpoint."""
+def saved_state(run):
+    """The run folder's checkpoint with --resume, else None; InputError if it is of other settings.
+
+    Read once, before anything is taken from it.
+    """
+    if not run.config["resume"]:
+        return None
     path = run.out / "last.pt"
     if not path.exists():
         raise InputError(f"{path}: nothing to resume; leave --resume out to start")
@@ -430,11 +434,15 @@ def resume(run, model, optimizer, scaler):
                if k not in FREE and old.get(k) != new.get(k)]
     if changed:
         raise InputError(f"{path}: other settings than this command's: {'; '.join(changed)}")
-    load_weights(model, state["model"], path)
+    return state
+
+
+def restore(state, model, optimizer, scaler, where):
+    """Put a checkpoint into model, optimizer and scaler."""
+    load_weights(model, state["model"], where)
     optimizer.load_state_dict(state["optimizer"])
     if state["scaler"]:                                  # empty where there was no fp16
         scaler.load_state_dict(state["scaler"])
-    return state
 
 
 def write_config(run):
@@ -500,8 +508,8 @@ def update(model, optimizer, scaler, loss, clip):
     scaler.update()
 
 
-def fit(run, model, optimizer, faces, step_loss, extra=dict, end_of_epoch=None):
-    """Train for the epochs of the settings, from the start or from the run folder's checkpoint.
+def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch=None):
+    """Train for the epochs of the settings, from the start or from the checkpoint `saved`.
 
     step_loss(network, images, indices, step) -> (loss, {name: scalar tensor}) is one step's
     computation; extra() is more state for the checkpoint; end_of_epoch(epoch) -> {name: number} is
@@ -510,8 +518,10 @@ def fit(run, model, optimizer, faces, step_loss, extra=dict, end_of_epoch=None):
     """
     c, steps = run.config, steps_per_epoch(run, faces)
     scaler = torch.amp.GradScaler(run.device.type, enabled=precision(run.device) == torch.float16)
-    state = resume(run, model, optimizer, scaler) if c["resume"] else {"step": 0, "log": []}
-    step, log = state["step"], state["log"]
+    step, log = 0, []
+    if saved:
+        restore(saved, model, optimizer, scaler, run.out / "last.pt")
+        step, log = saved["step"], saved["log"]
     write_config(run)
     write_log(run, log)
     network = DistributedDataParallel(model) if run.world > 1 else model
@@ -608,6 +618,7 @@ def main(argv=None):
     c = resolve(parser.parse_args(argv), SETTINGS, "pretrain")
     c["out"] = c["out"] or f"runs/pretrain-{c['data']}" + "-pixel" * (c["target"] == "pixel")
     run = start(c)
+    saved = saved_state(run)
     faces = load_split(run, "train")
     torch.manual_seed(c["seed"])
     model = build_masked_model(c).to(run.device)
@@ -633,7 +644,7 @@ def main(argv=None):
     def skill(epoch, record):
         return {"skill": 1 - record["loss"] / record["trivial"]}
 
-    fit(run, model, optimizer, faces, step_loss, end_of_epoch=skill)
+    fit(run, model, optimizer, faces, step_loss, saved, end_of_epoch=skill)
     say(run, f"pre-trained: {run.out / 'last.pt'}")
 
 

@@ -35,7 +35,7 @@ from pll import (candidates_from_votes, cc_loss, contrastive_loss, generate_cand
                  uniform_loss, uniform_transition)
 from pretrain import (MODEL_SETTINGS, autocast, build_encoder, command_line, fit, load_checkpoint,
                       load_split, load_weights, make_parser, parameter_groups, parameters, resolve,
-                      say, start, uniforms)
+                      saved_state, say, start, uniforms)
 from vit import from_torchvision, interpolate_positions
 
 # setting: (paper, laptop, smallest, largest, meaning), or for a choice: (paper, laptop, choices,
@@ -334,7 +334,7 @@ def parse(argv):
     if init.startswith("pretrain") and not config["init"]:
         init = f"runs/pretrain-{name}" + init.removeprefix("pretrain")
     if init == "imagenet" and not args.init and config["scale"] == "laptop":
-        init = "none"                                    # no such weights fit
+        init = "none"                                    # all rows start alike
     config["init"] = init
     config["revise"] = row.get("revise", pll) and pll if args.revise is None else args.revise
     check_combination(config)
@@ -374,19 +374,17 @@ def training_faces(run):
     return faces, None
 
 
-def confidence_table(run, faces):
+def confidence_table(run, faces, saved):
     """What is kept for each training face: Y and C (n, K), and a digest of the faces' names.
 
-    A resumed run takes them from its checkpoint, which must be of the same faces.
+    A resumed run takes them from its checkpoint `saved`, which must be of the same faces.
     """
     digest = hashlib.sha256("\n".join(faces.names).encode()).hexdigest()
-    path = run.out / "last.pt"
-    if run.config["resume"] and path.exists():
-        state = load_checkpoint(path, "train")
-        if state["faces"] != digest:
-            raise InputError(f"{path}: its training faces are not those of this data set; give the "
-                             "same --data-dir")
-        candidates, confidence = state["candidates"], state["confidence"]
+    if saved:
+        if saved["faces"] != digest:
+            raise InputError(f"{run.out / 'last.pt'}: its training faces are not those of this "
+                             "data set; give the same --data-dir")
+        candidates, confidence = saved["candidates"], saved["confidence"]
     else:
         candidates = make_candidates(run.config, faces)
         confidence = make_confidence(run.config, faces, candidates)       # Algorithm 1, "Ensure"
@@ -416,9 +414,9 @@ def algorithm_1(run, model, faces, table):
     """The body of Algorithm 1's inner loop, as the `step_loss` that `pretrain.fit` asks for."""
     c, confidence, candidates = run.config, table["confidence"], table["candidates"]   # (n, K)
     labels, steps = faces.labels.to(run.device), len(faces) // c["batch_size"]
-    start = initial_confidence(candidates) if c["loss"] == "lw" else \
+    first = initial_confidence(candidates) if c["loss"] == "lw" else \
         make_confidence(c, faces, candidates.cpu()).to(run.device)        # C before training (n, K)
-    frequency = start.mean(dim=0).clamp(min=1e-6).log()                   # (K,), the trivial answer
+    frequency = first.mean(dim=0).clamp(min=1e-6).log()                   # (K,), the trivial answer
 
     def iteration(network, images, indices, step):
         images = augment(images, uniforms(run, step), c["image_size"], c["data"], c["crop_scale"],
@@ -445,15 +443,23 @@ def algorithm_1(run, model, faces, table):
     return iteration
 
 
-def pico_state(run, model):
-    """What PiCO keeps beside C: the momentum model, prototypes (K, 128) and the queue (M, 128)."""
+def pico_state(run, model, saved):
+    """What PiCO keeps beside C: the momentum model, prototypes (K, 128) and the queue (M, 128).
+
+    A resumed run takes them from its checkpoint `saved`.
+    """
     c, classes = run.config, len(DATA[run.config["data"]]["classes"])
     generator = torch.Generator().manual_seed(c["seed"])
     queue = F.normalize(torch.randn(c["queue"], PICO["width"], generator=generator), dim=1)
-    return {"key_model": copy.deepcopy(model).requires_grad_(False),
-            "prototypes": torch.zeros(classes, PICO["width"], device=run.device),
-            "queue": queue.to(run.device), "at": torch.zeros((), dtype=torch.long),
-            "queue_labels": torch.full((c["queue"],), -1, device=run.device)}
+    state = {"key_model": copy.deepcopy(model).requires_grad_(False),
+             "prototypes": torch.zeros(classes, PICO["width"], device=run.device),
+             "queue": queue.to(run.device), "at": torch.zeros((), dtype=torch.long),
+             "queue_labels": torch.full((c["queue"],), -1, device=run.device)}
+    if saved:
+        state["key_model"].load_state_dict(saved["pico"]["key_model"])
+        state.update({k: v.to(state[k].device) for k, v in saved["pico"].items()
+                      if k != "key_model"})
+    return state
 
 
 def pico(run, model, faces, table, state):
@@ -535,44 +541,37 @@ def watcher(run, model, faces, held, table):
     return end_of_epoch
 
 
-def resumed_pico(run, state):
-    """Put PiCO's state of last.pt into `state`."""
-    saved = load_checkpoint(run.out / "last.pt", "train")["pico"]
-    if not saved:
-        return                                           # another method's: `fit` refuses it
-    state["key_model"].load_state_dict(saved.pop("key_model"))
-    state.update({k: v.to(state[k].device) for k, v in saved.items()})
-
-
 def main(argv=None):
     """Train from the command line."""
     c = parse(argv)
     run = start(c)
+    saved = saved_state(run)
     torch.manual_seed(c["seed"])
     model = build_model(c)
-    note = "encoder: resumed" if c["resume"] else initial_weights(c, model.encoder)
+    note = "encoder: resumed" if saved else initial_weights(c, model.encoder)
     model.to(run.device)
     faces, held = training_faces(run)
-    table = confidence_table(run, faces)
+    table = confidence_table(run, faces, saved)
     groups = parameter_groups(model, c["weight_decay"], c["depth"], c["layer_decay"])
     optimizer = torch.optim.AdamW(groups, lr=c["lr"], betas=(0.9, 0.999), fused=True)
     sizes = table["candidates"].sum(dim=1).float()                        # |Y|, (n,)
     say(run, "\n".join(faces.notes + [note]))
     say(run, f"{parameters(model):,} parameters; {sizes.mean():.2f} candidates a face, one for "
              f"{(sizes == 1).float().mean():.1%} of them")
-    about, step_loss, state = DATA[c["data"]], algorithm_1(run, model, faces, table), {}
+    about, state = DATA[c["data"]], {}
     if c["loss"] == "pico":
-        state = pico_state(run, model)
-        if c["resume"] and (run.out / "last.pt").exists():
-            resumed_pico(run, state)
+        state = pico_state(run, model, saved)
         step_loss = pico(run, model, faces, table, state)
+    else:
+        step_loss = algorithm_1(run, model, faces, table)
 
     def extra():
         kept = {k: v.state_dict() if k == "key_model" else v for k, v in state.items()}
         return {**table, "pico": kept, "classes": about["classes"], "mean": list(about["mean"]),
                 "std": list(about["std"])}
 
-    fit(run, model, optimizer, faces, step_loss, extra, watcher(run, model, faces, held, table))
+    fit(run, model, optimizer, faces, step_loss, saved, extra,
+        watcher(run, model, faces, held, table))
     say(run, f"trained: {run.out / 'last.pt'}")
 
 

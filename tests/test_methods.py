@@ -248,3 +248,9 @@ def test_a_clipped_gradient_has_at_most_the_norm_asked_for():
     pretrain.update(model, optimizer, scaler, model(torch.full((1, 4), 100.0)).sum(), 0.02)
     moved = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before)]).norm()
     assert moved.item() == pytest.approx(0.02, rel=1e-3)
+
+
+def test_resuming_a_run_of_another_method_is_refused(tmp_path, cache):
+    train.main(flags_for("decoder", tmp_path, cache))
+    with pytest.raises(InputError, match="other settings.*method was decoder, is pico-vit"):
+        train.main(flags_for("pico-vit", tmp_path, cache, "--resume"))
