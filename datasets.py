@@ -12,14 +12,17 @@ images as one uint8 array, and for each face the votes, the voted label and its 
 
 Images are read, aligned and shrunk once, into a memory map that is rebuilt when a source changes.
 
-Run:  python datasets.py --data toy                        (what is there, and a contact sheet)
+Run:  python datasets.py --data toy                        (a check, and a contact sheet)
       python datasets.py --data ferplus --data-dir DIR
 """
 import argparse
 import csv
+import errno
 import hashlib
+import inspect
 import math
 import os
+import shutil
 import sys
 import warnings
 from collections import Counter
@@ -172,8 +175,13 @@ def similarity(source, target):
 
 
 def align(image, points, side):
-    """Warp a face so that its five points (5, 2) meet the template: PIL -> PIL, side x side."""
+    """Warp a face so that its five points (5, 2) meet the template: PIL -> PIL, side x side.
+
+    A much larger face is first shrunk by a whole factor: bicubic sampling alone would alias.
+    """
     matrix = similarity(TEMPLATE * side / 112, points)              # output pixel -> input pixel
+    shrink = max(int(np.sqrt(np.linalg.det(matrix[:, :2]))), 1)
+    image, matrix = image.reduce(shrink), matrix / shrink
     return image.transform((side, side), Image.Transform.AFFINE, matrix.flatten(),
                            Image.Resampling.BICUBIC)
 
@@ -192,7 +200,7 @@ def number(text, where, low=0, high=math.inf, whole=True):
         value = float(text)
     except (TypeError, ValueError):
         value = math.nan
-    if not low <= value <= high or (whole and value != int(value)):
+    if not low <= value <= high or (whole and not value.is_integer()):
         kind = "a whole number" if whole else "a number"
         limits = f"from {low}" + ("" if high == math.inf else f" to {high}")
         raise InputError(f"{where}: {text!r} is not {kind} {limits}; correct the row")
@@ -210,14 +218,24 @@ def read_csv(path, columns):
             return list(enumerate(reader, 2))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except (OSError, csv.Error) as error:
+        raise InputError(f"{path}: not a readable csv file ({error})") from None
+
+
+def read_rows(path):
+    """Lines of a text file split at blanks, as (where, list of words); empty lines are left out."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    return [(f"{path}, row {i}", line.split()) for i, line in enumerate(lines, 1) if line.strip()]
 
 
 def inside(root, name, where):
     """The path of `name` below `root`; a name that leaves the data folder is an InputError."""
-    path = root / name
-    if not path.resolve().is_relative_to(root.resolve()):
+    if Path(name).is_absolute() or ".." in Path(name).parts:
         raise InputError(f"{where}: {name!r} leaves the data folder; correct the row")
-    return path
+    return root / name
 
 
 def layout_error(data, data_dir, found):
@@ -267,17 +285,20 @@ def list_ferplus(root, split, convention, partial):
     for line, row in rows:
         if row["Usage"] != usage:
             continue
-        name = row["Image name"] if images is None else f"row {line}"
+        name = row["Image name"]
         nameless, repeated = nameless + (not name), repeated + (name in kept)
         if name:
+            inside(folder, name, f"{table}, row {line}")
             kept[name] = ([number(row[k], f"{table}, row {line}") for k in kinds], line)
+            if not any(kept[name][0]):
+                raise InputError(f"{table}, row {line}: {name} has no votes; remove the row")
     votes = {name: v for name, (v, _) in kept.items()}
     labels = {name: voted_label(v, 8, convention) for name, v in votes.items()}
     names = [name for name in votes if labels[name] is not None]
 
     def read(i, side):
         if images is None:
-            return to_array(read_image(inside(folder, names[i], table), 1), side)
+            return to_array(read_image(folder / names[i], 1), side)
         line = kept[names[i]][1]
         try:
             values = np.array((images[line - 2]["pixels"] or "").split(), dtype=np.int64)
@@ -295,21 +316,24 @@ def list_ferplus(root, split, convention, partial):
                    notes=notes)
 
 
-def list_raf(root, split, convention, partial):
-    """RAF-DB basic: aligned images, or the originals aligned by the five manual points."""
+def list_raf(root, split, align_by, partial):
+    """RAF-DB basic: the originals aligned by the five manual points, or its own aligned images."""
     root = root / "basic" if (root / "basic").is_dir() else root
     table, share = root / "EmoLabel/list_patition_label.txt", root / "EmoLabel/distribution.txt"
     aligned, original = root / "Image/aligned", root / "Image/original"
     if not table.exists():
         raise layout_error("raf", root, "there is no EmoLabel/list_patition_label.txt")
-    if not aligned.is_dir() and not (original.is_dir() and (root / "Annotation/manual").is_dir()):
-        raise layout_error("raf", root, "Image/original has no Annotation/manual"
-                           if original.is_dir() else "there is no Image/aligned")
+    points = root / "Annotation/manual"
+    given = align_by == "given" or not (original.is_dir() and points.is_dir())
+    if given and not aligned.is_dir():
+        raise layout_error("raf", root, "there is no Image/aligned, and no Image/original with "
+                           "Annotation/manual")
     labels = {}
-    for line, row in enumerate(table.read_text().splitlines(), 1):
-        where, parts = f"{table}, row {line}", row.split()
+    for where, parts in read_rows(table):
         if len(parts) != 2:
-            raise InputError(f"{where}: {row!r} is not a name and a class number; correct the row")
+            raise InputError(f"{where}: {' '.join(parts)!r} is not a name and a class number; "
+                             "correct the row")
+        inside(root, parts[0], where)
         if parts[0] in labels:
             raise InputError(f"{where}: {parts[0]} is listed twice; remove one row")
         if parts[0].startswith(split + "_"):
@@ -317,33 +341,31 @@ def list_raf(root, split, convention, partial):
     check_count("raf", split, len(labels), partial, table)
     names, votes = list(labels), None
     if share.exists():
-        rows = [(f"{share}, row {i}", r.split()) for i, r in enumerate(share.open(), 1)]
-        found = {r[0]: [number(v, w, whole=False) for v in r[1:]] for w, r in rows if r}
+        found = {r[0]: [number(v, w, whole=False) for v in r[1:]] for w, r in read_rows(share)}
         missing = [n for n in names if len(found.get(n, ())) != 7 or sum(found[n]) == 0]
         if missing:
             raise InputError(f"{share}: no 7 votes for {missing[0]}; complete the file or remove "
                              "it")
         votes = [found[n] for n in names]
-    file = {n: aligned / n.replace(".jpg", "_aligned.jpg") if aligned.is_dir() else original / n
+    file = {n: aligned / n.replace(".jpg", "_aligned.jpg") if given else original / n
             for n in names}
+    marks = {n: points / n.replace(".jpg", "_manu_attri.txt") for n in names}
 
     def read(i, side):
         image = read_image(file[names[i]], 3)
-        if not aligned.is_dir():
-            points = root / f"Annotation/manual/{names[i][:-4]}_manu_attri.txt"
+        if not given:
             try:
-                rows = [row.split()[:2] for row in points.read_text().splitlines()[:5]]
+                rows = [row.split()[:2] for row in marks[names[i]].read_text().splitlines()[:5]]
                 image = align(image, np.array(rows, float).reshape(5, 2), side)
             except (OSError, ValueError) as error:
-                raise InputError(f"{points}: not five rows of x and y ({error})") from None
+                raise InputError(f"{marks[names[i]]}: not five rows of x and y ({error})") from None
         return to_array(image, side)
 
     notes = [f"{len(names)} faces, " + ("votes from distribution.txt" if votes else
              "no votes: candidate sets will be generated")
-             + (", Image/aligned" if aligned.is_dir() else ", aligned by Annotation/manual")]
+             + (", as aligned in Image/aligned" if given else ", aligned by Annotation/manual")]
     return Listing(names, [labels[n] for n in names], read, votes, notes=notes,
-                   sources=list(file.values()) if aligned.is_dir() else
-                   [*file.values(), *(root / "Annotation/manual").iterdir()])
+                   sources=[*file.values(), *(() if given else marks.values())])
 
 
 def list_affectnet(data, root, split, partial):
@@ -554,7 +576,7 @@ def list_toy(split, convention, seed=0):
 
 # ---------------------------------------------------------------------------------------- loading
 
-def listing(data, data_dir, split, convention="argmax", partial=False):
+def listing(data, data_dir, split, convention="argmax", partial=False, align_by="points"):
     """The `Listing` of a split of a data set, or an InputError."""
     if split not in DATA[data]["counts"]:
         raise InputError(f"{data} has no {split} split; it has {', '.join(DATA[data]['counts'])}")
@@ -566,7 +588,7 @@ def listing(data, data_dir, split, convention="argmax", partial=False):
     if data == "ferplus":
         found = list_ferplus(root, split, convention, partial)
     elif data == "raf":
-        found = list_raf(root, split, convention, partial)
+        found = list_raf(root, split, align_by, partial)
     else:
         found = list_affectnet(data, root, split, partial)
     if not found.names:
@@ -577,42 +599,61 @@ def listing(data, data_dir, split, convention="argmax", partial=False):
 def memory_map(found, data, split, side, cache):
     """All images of a listing as a read-only uint8 array (n, C, side, side) on disk, built once.
 
-    The file's name holds a digest of the names, sizes and times of the sources, so that a changed
-    source is read again. It is written beside and renamed: a half-built file is never used.
+    The file's name holds a digest of the names, sizes and times of the sources and of the code that
+    reads them, so that what changed is read again. It is written beside and renamed: a half-built
+    file is never used.
     """
-    digest = hashlib.sha256(repr((data, split, side, found.names)).encode())
+    code = "".join(map(inspect.getsource, (read_image, to_array, similarity, align, five_points)))
+    digest = hashlib.sha256(repr((data, split, side, found.names, code)).encode())
     try:
         for source in found.sources:
             status = os.stat(source)
             digest.update(f"{source} {status.st_size} {status.st_mtime_ns}".encode())
     except FileNotFoundError:
-        raise InputError(f"{source}: no such image; is the data set unpacked completely?") from None
+        raise InputError(f"{source}: no such file; is the data set unpacked completely?") from None
     path = Path(cache) / f"{data}-{split}-{side}-{digest.hexdigest()[:12]}.npy"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        shape = (len(found.names), DATA[data]["channels"], side, side)
-        array = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
         try:
-            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-                rows = pool.map(lambda i: found.read(i, side), range(len(found.names)))
-                bar = tqdm(rows, f"reading {data} {split}", len(found.names), leave=False,
-                           disable=not sys.stderr.isatty())
-                for i, row in enumerate(bar):
-                    array[i] = row
-            array.flush()
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+            build_memory_map(path, found, (len(found.names), DATA[data]["channels"], side, side))
+        except OSError as error:
+            raise InputError(f"--cache {cache}: the memory map of {data} cannot be written "
+                             f"({error.strerror or error})") from None
     return np.load(path, mmap_mode="r")
 
 
+def build_memory_map(path, found, shape):
+    """Read every face of a listing into a new file; shape (n, C, side, side)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size, free = math.prod(shape), shutil.disk_usage(path.parent).free
+    if size > free:                   # writing a memory map on a full disk would kill the process
+        raise OSError(errno.ENOSPC, f"{size / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free")
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    array = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
+    bar = tqdm(total=len(array), desc=f"reading {path.name}", leave=False,
+               disable=not sys.stderr.isatty())
+    try:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for i in range(0, len(array), 256):           # few at a time: memory stays flat
+                rows = range(i, min(i + 256, len(array)))
+                array[i:i + 256] = list(pool.map(lambda j: found.read(j, shape[-1]), rows))
+                bar.update(len(rows))
+        array.flush()
+        os.replace(partial, path)
+    finally:
+        bar.close()
+        partial.unlink(missing_ok=True)
+
+
 def load_faces(data, data_dir, split, image_size, convention="argmax", partial=False,
-               cache="runs/cache"):
+               cache="runs/cache", align_by="points"):
     """A split as `Faces`. Images are stored at image_size, or at their own size if that is less."""
-    found = listing(data, data_dir, split, convention, partial)
+    found = listing(data, data_dir, split, convention, partial, align_by)
     side = min(image_size, DATA[data]["side"])
-    images = memory_map(found, data, split, side, cache)
+    return as_faces(found, data, split, memory_map(found, data, split, side, cache))
+
+
+def as_faces(found, data, split, images):
+    """A listing with its images (n, C, S, S) as `Faces`."""
     votes = None if found.votes is None else torch.tensor(np.array(found.votes)).float()
     truth = None if found.truth is None else torch.tensor(found.truth)
     return Faces(data, split, images, torch.tensor(found.labels), found.names, votes, truth,
@@ -705,24 +746,70 @@ def contact_sheet(faces, indices, columns=8, side=96):
     return sheet
 
 
-def main():
-    """Print what is there and write a contact sheet."""
+def check(data, data_dir, convention="argmax", align_by="points"):
+    """What a data set on disk holds, read face by face: (lines of text, list of problems).
+
+    Problems are wrong counts and faces that cannot be read; faces whose pixels stand in another
+    split or twice in one are counted, as FERPlus has some officially.
+    """
+    lines, problems, known = [], [], {}          # digest of the pixels -> the split seen first
+    classes, side = DATA[data]["classes"], DATA[data]["side"]
+    for split in DATA[data]["counts"]:
+        for partial in (False, True):
+            try:
+                found = listing(data, data_dir, split, convention, partial, align_by)
+                break
+            except InputError as error:
+                found, problem = None, str(error)
+                problems += [problem] if problem not in problems else []
+        if found is None:
+            continue
+
+        def digest(i):
+            try:
+                return hashlib.sha256(found.read(i, side).tobytes()).hexdigest()
+            except InputError as error:
+                problems.append(str(error))
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            digests = [d for d in pool.map(digest, range(len(found.names))) if d]
+        elsewhere = Counter(known[d] for d in digests if d in known)
+        known.update((d, split) for d in digests if d not in known)
+        counts = Counter(found.labels)
+        lines += [f"{split}: {note}" for note in found.notes]
+        lines += ["  " + "  ".join(f"{name} {counts[c]}" for c, name in enumerate(classes))]
+        lines += [f"  {len(digests)} faces read, {len(found.names) - len(digests)} unreadable; "
+                  f"{len(digests) - len(set(digests))} repeat another one's pixels" + "".join(
+                      f"; {n} also stand in {other}" for other, n in elsewhere.items())]
+    return lines, problems
+
+
+def main(argv=None):
+    """Check a data set and draw a contact sheet of one split."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", choices=DATA, default="toy")
-    parser.add_argument("--data-dir", help="folder of the data set")
-    parser.add_argument("--split", default="train", choices=("train", "val", "test"))
-    parser.add_argument("--labels", default="argmax", choices=("argmax", "majority"))
-    parser.add_argument("--partial", action="store_true", help="accept unofficial counts")
-    parser.add_argument("--out", help="where the contact sheet goes (runs/DATA-SPLIT.png)")
-    args = parser.parse_args()
-    faces = load_faces(args.data, args.data_dir, args.split, 224, args.labels, args.partial)
-    print("\n".join(faces.notes))
-    for c, name in enumerate(DATA[args.data]["classes"]):
-        print(f"{name:12s} {int((faces.labels == c).sum()):7d}")
+    add = parser.add_argument
+    add("--data", choices=DATA, default="toy", help="data set (%(default)s)")
+    add("--data-dir", help="its folder (data/DATA)")
+    add("--split", default="train", choices=("train", "val", "test"), help="of the contact sheet")
+    add("--labels", default="argmax", choices=("argmax", "majority"), help="votes to label")
+    add("--align", default="points", choices=("points", "given"),
+        help="RAF-DB: align by the five points, or take its own aligned images")
+    add("--out", help="where the contact sheet goes (runs/DATA-SPLIT.png)")
+    args = parser.parse_args(argv)
+    lines, problems = check(args.data, args.data_dir, args.labels, args.align)
+    print("\n".join(lines))
+    if problems:
+        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+        print("\n".join([f"{len(problems)} problems:", *problems[:20], *more]))
+        sys.exit(1)
+    found = listing(args.data, args.data_dir, args.split, args.labels, align_by=args.align)
+    shown = range(min(64, len(found.names)))             # read these again, not the whole split
+    images = np.stack([found.read(i, DATA[args.data]["side"]) for i in shown])
+    faces = as_faces(found, args.data, args.split, images)
     out = Path(args.out or f"runs/{args.data}-{args.split}.png")
     out.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(faces, range(min(64, len(faces)))).save(out)
-    print(f"contact sheet: {out}")
+    contact_sheet(faces, shown).save(out)
+    print(f"no problem; contact sheet: {out}")
 
 
 if __name__ == "__main__":

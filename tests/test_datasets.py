@@ -2,11 +2,12 @@
 import csv
 import os
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import datasets
 from datasets import (DATA, PROTOTYPES, TEMPLATE, Faces, InputError, align, augment, five_points,
@@ -57,16 +58,15 @@ def test_ferplus_is_joined_by_name_and_the_last_row_of_a_name_wins(tmp_path):
 
 
 def test_ferplus_from_kaggles_csv_is_joined_by_row(tmp_path):
-    fake_ferplus(tmp_path, ROWS[:1] + ROWS[2:4])
+    fake_ferplus(tmp_path, ROWS)
     plain = load_faces("ferplus", tmp_path, "train", 48, partial=True, cache=tmp_path / "cache")
-    for folder in tmp_path.glob("FER*/*.png"):
-        folder.unlink()
-    (tmp_path / "FER2013Train").rmdir()
+    shutil.rmtree(tmp_path / "FER2013Train")
     with open(tmp_path / "fer2013.csv", "w", newline="") as file:
         csv.writer(file).writerows([["emotion", "pixels", "Usage"]] + [
-            [0, " ".join([str(v)] * 2304), "Training"] for v in (7, 9, 20)])
+            [0, " ".join([str(v)] * 2304), row[0]] for v, row in zip((7, 8, 9, 1, 33, 20), ROWS)])
     kaggle = load_faces("ferplus", tmp_path, "train", 48, partial=True, cache=tmp_path / "cache")
     assert kaggle[[0, 1]].equal(plain[[0, 1]]) and kaggle.labels.equal(plain.labels)
+    assert kaggle.names == plain.names and kaggle.notes == plain.notes
 
 
 @pytest.mark.parametrize("votes, argmax, majority", [
@@ -115,11 +115,14 @@ def fake_raf(root, aligned=True, share=False):
     for n, l in rows:
         folder = root / "basic/Image" / ("aligned" if aligned else "original")
         folder.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (100, 100), (l * 20, 0, 0)).save(folder / f"{n}{'_aligned' * aligned}.jpg")
+        image = Image.new("RGB", (100, 100), (l * 20, 0, 0))
+        if not aligned:                                # the face: the middle of a picture
+            image = ImageOps.expand(image, 60, (0, 255, 0))
+        image.save(folder / f"{n}{'_aligned' * aligned}.jpg", quality=95)
         if not aligned:
             manual = root / "basic/Annotation/manual"
             manual.mkdir(parents=True, exist_ok=True)
-            points = "".join(f"{x:.1f}\t{y:.1f}\n" for x, y in TEMPLATE * 100 / 112)
+            points = "".join(f"{x:.1f}\t{y:.1f}\n" for x, y in TEMPLATE * 100 / 112 + 60)
             (manual / f"{n}_manu_attri.txt").write_text(points + "0\n1\n2\n")
     if share:
         (root / "basic/EmoLabel/distribution.txt").write_text("".join(
@@ -133,7 +136,25 @@ def test_raf(tmp_path, aligned):
     faces = load_faces("raf", root, "train", 32, partial=True, cache=tmp_path / "c")
     assert faces.labels.tolist() == [4, 0] and faces.votes is None
     assert DATA["raf"]["classes"][4] == "sadness" and DATA["raf"]["classes"][0] == "surprise"
-    assert faces[[0]][0, 0].float().mean() == pytest.approx(100, abs=3)
+    red, green, _ = faces[[0]][0].float()[:, 3:-3, 3:-3]
+    assert red.mean() == pytest.approx(100, abs=3) and green.max() < 20   # the face and no frame
+
+
+def test_raf_is_aligned_by_its_points_unless_told_otherwise(tmp_path):
+    fake_raf(tmp_path, aligned=False)
+    (tmp_path / "basic/Image/aligned").mkdir()
+    for name in ("train_00001", "train_00002"):
+        image = Image.new("RGB", (100, 100), (250, 250, 250))
+        image.save(tmp_path / f"basic/Image/aligned/{name}_aligned.jpg")
+    load = lambda how: load_faces("raf", tmp_path, "train", 32, partial=True, cache=tmp_path / "c",
+                                  align_by=how)
+    assert load("points")[[0]][0, 2].max() < 20 and "aligned by Annotation/manual" in \
+        load("points").notes[0]
+    assert load("given")[[0]].min() > 240
+    assert "as aligned in Image/aligned" in load("given").notes[0]
+    shutil.rmtree(tmp_path / "basic/Image/aligned")
+    with pytest.raises(InputError, match="(?s)there is no Image/aligned, .*EmoLabel/list_patition"):
+        load("given")
 
 
 def test_raf_reads_a_distribution_as_votes(tmp_path):
@@ -187,7 +208,22 @@ def test_alignment_puts_the_points_on_the_template():
     aligned = np.asarray(align(image, points, 112))
     assert all(aligned[round(y) - 1:round(y) + 2, round(x) - 1:round(x) + 2].max() > 150
                for x, y in TEMPLATE)
-    assert five_points(LANDMARKS)[0].tolist() == pytest.approx(LANDMARKS[36:42].mean(0).tolist())
+    marks = np.arange(136.0).reshape(68, 2)
+    assert five_points(marks).tolist() == [
+        [77, 78], [89, 90], [60, 61], [96, 97], [108, 109]]   # eyes 36-41, 42-47; 30; 48; 54
+
+
+def test_a_large_face_is_shrunk_without_aliasing():
+    """Stripes of one pixel become the grey between them, as with PIL's own resizing."""
+    stripes = np.zeros((896, 896), np.uint8)
+    stripes[:, ::2] = 255
+    aligned = np.asarray(align(Image.fromarray(stripes), TEMPLATE * 8, 112), float)
+    assert abs(aligned - 127).max() < 3
+    marked = np.zeros((896, 896), np.uint8)
+    marked[400:416, 300:316] = 255                # centre (308, 408), an eighth of that: (38, 51)
+    at = np.asarray(align(Image.fromarray(marked), TEMPLATE * 8, 112), float)
+    y, x = np.unravel_index(at.argmax(), at.shape)
+    assert abs(x + 0.5 - 38.5) <= 1 and abs(y + 0.5 - 51) <= 1
 
 
 def test_memory_map_is_kept_until_a_source_changes(tmp_path):
@@ -201,6 +237,49 @@ def test_memory_map_is_kept_until_a_source_changes(tmp_path):
     grey(tmp_path / "FER2013Valid/fer0000033.png", 90)
     os.utime(tmp_path / "FER2013Valid/fer0000033.png", (1, 1))
     assert load()[[0]].float().mean() == 90
+
+
+def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
+    fake_ferplus(tmp_path, ROWS)
+    free = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    with pytest.raises(InputError, match="memory map of ferplus cannot be written .*are needed"):
+        load_faces("ferplus", tmp_path, "val", 48, partial=True, cache=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_data_set_on_disk_is_checked(tmp_path, capsys, monkeypatch):
+    twice = ("Training", "fer0000021.png", ROWS[3][2])
+    again = ("PublicTest", "fer0000034.png", [9, 1, 0, 0, 0, 0, 0, 0, 0, 0])
+    fake_ferplus(tmp_path, ROWS + [twice, again])
+    grey(tmp_path / "FER2013Train/fer0000021.png", 20)         # as fer0000020.png
+    grey(tmp_path / "FER2013Valid/fer0000034.png", 7)          # as fer0000007.png of training
+    (tmp_path / "FER2013Train/fer0000007.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit) as stop:
+        datasets.main(["--data", "ferplus", "--data-dir", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert stop.value.code == 1
+    assert "train: 3 faces of 4 images" in text
+    assert "  neutral 2  happiness 0  surprise 0  sadness 1" in text
+    assert "2 faces read, 1 unreadable; 1 repeat another one's pixels\n" in text
+    assert "val: 2 faces of 2 images" in text and "4 problems:" in text
+    assert "fer2013new.csv: 6 faces for the train split, officially 28709" in text
+    assert "fer0000007.png: not a readable image" in text and "no fer2013.csv" not in text
+    assert "there is neither FER2013Test/ nor fer2013.csv. Expected" in text
+    grey(tmp_path / "FER2013Train/fer0000007.png", 7)
+    lines, problems = datasets.check("ferplus", tmp_path)
+    assert "1 also stand in train" in lines[-1] and len(problems) == 3
+
+
+def test_the_toy_passes_its_check_and_is_drawn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(DATA["toy"], "counts", dict(train=60, val=10, test=20))
+    monkeypatch.chdir(tmp_path)
+    datasets.main(["--split", "val"])
+    text = capsys.readouterr().out
+    assert "test: 20 faces of 20 drawn" in text and "20 faces read, 0 unreadable; 0 repeat" in text
+    with Image.open(tmp_path / "runs/toy-val.png") as sheet:
+        assert text.endswith("no problem; contact sheet: runs/toy-val.png\n")
+        assert sheet.size == (8 * 104, 2 * 136)
 
 
 def plain_batch(n=64):
@@ -220,6 +299,35 @@ def test_augmentation_without_change_is_preparation():
     u[:, 4] = 0.0                                                     # a flip and nothing else
     torch.testing.assert_close(augment(plain_batch(), u, 24, "toy", scale=1.0).flip(-1), plain,
                                rtol=1e-4, atol=1e-4)
+
+
+def test_crops_rotations_and_light_are_what_was_asked_for():
+    """A ramp of brightness tells where the corners of a crop lie in the picture."""
+    across = torch.arange(0, 256, 4, dtype=torch.uint8).expand(1, 1, 64, 64)   # 4 a pixel
+    down, u = across.transpose(2, 3), uniform_rows(500)
+    u[:, 4] = 0.9                                            # no flip
+
+    def seen(image, **how):                                  # where a pixel came from, 0 .. 64
+        x = augment(image.expand(500, -1, -1, -1), u, 64, "ferplus", **how)[:, 0]
+        return (x * 0.255 + 0.508) * 255 / 4 + 0.5
+
+    x, y = seen(across, scale=0.5), seen(down, scale=0.5)
+    w = (x[:, 32, 60] - x[:, 32, 3]) / 57                    # share of the width, (500,)
+    h = (y[:, 60, 32] - y[:, 3, 32]) / 57
+    assert 0.48 < (w * h).min() < 0.55 and 0.9 < (w * h).max() < 1.02
+    assert w.min() > 0.59 and w.max() < 1.02 and 0.7 < (w / h).min() and (w / h).max() < 1.36
+    left = x[:, 32, 3] - 3 * w
+    assert left.min() > -1 and (left + 64 * w).max() < 65    # no crop leaves the picture
+    assert left.std() > 2 and y[:, 3, 32].std() > 2
+    u[:, 1] = 0.5                                            # square crops
+    turned = seen(across, scale=1.0, degrees=15.0)[:, 16:48, 16:48]
+    slope = (turned[:, -1, 16] - turned[:, 0, 16]) / (turned[:, 16, -1] - turned[:, 16, 0])
+    angles = slope.atan() * 180 / torch.pi
+    assert 13 < angles.max() < 15.5 and -15.5 < angles.min() < -13
+    lit = (seen(across, scale=1.0, light=0.3) - 0.5) / 63.75     # brightness 0 .. 1
+    middle, contrast = lit[:, 32, 31:33].mean(1), (lit[:, 32, 36] - lit[:, 32, 27]) * 63.75 / 9
+    assert 0.18 < middle.min() < 0.25 and 0.75 < middle.max() < 0.82
+    assert 0.69 < contrast.min() < 0.75 and 1.25 < contrast.max() < 1.31
 
 
 def test_a_face_is_augmented_alike_however_the_batch_is_divided():
@@ -291,7 +399,7 @@ def test_broken_input_is_named(tmp_path):
         load()
     assert not list((tmp_path / "cache").glob("*.tmp"))
     file.unlink()
-    with pytest.raises(InputError, match="fer0000020.png: no such image"):
+    with pytest.raises(InputError, match="fer0000020.png: no such file"):
         load()
     table = tmp_path / "fer2013new.csv"
     table.write_text(table.read_text().replace("6,3,0", "6,-3,0"))
