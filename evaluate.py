@@ -25,7 +25,7 @@ import torch
 from datasets import DATA, InputError
 from pll import candidates_from_votes
 from pretrain import FREE, command_line, load_checkpoint, load_split, load_weights, say, start
-from train import accuracies, build_model, predict
+from train import METHODS, accuracies, build_model, parse, predict
 
 
 # The paper's own accuracies in per cent, Tables 1 to 4; never ours.
@@ -48,7 +48,9 @@ PAPER = {
 COLUMNS = [("accuracy", "accuracy", True), ("mean_class_accuracy", "mean class", True),
            ("inside_candidate_set", "in set", True), ("vote_nll", "NLL", False),
            ("vote_calibration_error", "ECE", True),
-           ("accuracy_without_duplicates", "no dupl.", True), ("accuracy_on_truth", "truth", True)]
+           ("accuracy_without_duplicates", "no dupl.", True), ("accuracy_on_truth", "truth", True),
+           ("revised", "revised", True), ("revised_as_voted", "as voted", True),
+           ("revised_as_true", "as true", True)]
 
 
 def vote_metrics(logits, votes, bins=15):
@@ -101,7 +103,8 @@ def measure(logits, faces, classes, new=None):
         result["vote_nll"], result["vote_calibration_error"] = vote_metrics(logits, faces.votes)
     if new is not None:
         result["duplicates"] = int((~new).sum())
-        result["accuracy_without_duplicates"] = (predicted == labels)[new].float().mean().item()
+        if new.any():
+            result["accuracy_without_duplicates"] = (predicted == labels)[new].float().mean().item()
     if faces.truth is not None:
         result["accuracy_on_truth"] = (predicted == faces.truth).float().mean().item()
         result["crowd_on_truth"] = (labels == faces.truth).float().mean().item()
@@ -117,12 +120,17 @@ def as_text(result, classes):
         lines += [f"inside candidate set {result['inside_candidate_set']:7.2%}",
                   f"votes: NLL           {result['vote_nll']:7.3f}   ECE "
                   f"{result['vote_calibration_error']:.2%}"]
-    if "duplicates" in result:
+    if "accuracy_without_duplicates" in result:
         lines.append(f"without duplicates   {result['accuracy_without_duplicates']:7.2%}   "
                      f"({result['duplicates']} faces also stand in the training set)")
     if "accuracy_on_truth" in result:
         lines.append(f"accuracy on truth    {result['accuracy_on_truth']:7.2%}   "
                      f"(the crowd's label: {result['crowd_on_truth']:.2%})")
+    if "revised" in result:
+        agree = [f"{result[key]:.2%} {text}" for key, text in (
+            ("revised_as_voted", "as voted"), ("revised_as_true", "as drawn")) if key in result]
+        lines.append(f"revised in training  {result['revised']:7.2%}   of its faces"
+                     + (f", {', '.join(agree)}" if agree else ""))
     percent = lambda v: "-" if v is None else f"{v:.1%}"
     lines += ["", f"{'class':12s} {'faces':>6s} {'recall':>8s} {'precision':>10s}"]
     lines += [f"{name:12s} {row['faces']:6d} {percent(row['recall']):>8s} "
@@ -134,7 +142,7 @@ def as_text(result, classes):
 
 
 def load_run(path, overrides):
-    """A trained model and its `Run`: path is a run folder or a checkpoint of train.py."""
+    """A trained model, its `Run` and its last epoch's log; path is a run folder or a checkpoint."""
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
     if not path.exists():
@@ -143,15 +151,17 @@ def load_run(path, overrides):
     config = {**state["config"], **overrides}
     if state["classes"] != DATA[config["data"]]["classes"]:
         raise InputError(f"{path}: trained on the classes {', '.join(state['classes'])}")
+    if not state["log"]:
+        raise InputError(f"{path}: stopped within its first epoch; go on with train.py --resume")
     run = start(config)
     model = build_model(config)
     load_weights(model, state["model"], path)
-    return model.to(run.device), run, len(state["log"])
+    return model.to(run.device), run, state["log"][-1]
 
 
 def evaluate(path, split, overrides):
     """One run on one split: (result as a dict, its settings, its faces)."""
-    model, run, epoch = load_run(path, overrides)
+    model, run, last = load_run(path, overrides)
     data, classes = run.config["data"], DATA[run.config["data"]]["classes"]
     faces, new = load_split(run, split), None
     if data == "ferplus":                        # some images stand in Training too
@@ -159,19 +169,25 @@ def evaluate(path, split, overrides):
     begin = time.time()
     logits = predict(run, model, faces).cpu()                              # (n, K)
     speed = round(len(faces) / (time.time() - begin), 1)
-    result = {"run": str(path), "data": data, "split": split, "epoch": epoch,
-              "images_per_second": speed, **measure(logits, faces, classes, new)}
+    result = {"run": str(path), "data": data, "split": split, "epoch": last["epoch"],
+              "images_per_second": speed, **measure(logits, faces, classes, new),
+              **{k: v for k, v in last.items() if k.startswith("revised")}}
     return result, run, faces
 
 
-def changes(group, groups):
-    """What tells a group of runs from the others of its method, like ", init none"."""
-    mine, rivals = group[0][1], [g[0][1] for g in groups]
-    rivals = [c for c in rivals if (c["method"], c["data"]) == (mine["method"], mine["data"])]
-    names = [k for k in mine if k not in FREE + ("seed",)
-             and len({re.sub(r"\d+", "", str(c.get(k))) if k == "init" else str(c.get(k))
-                      for c in rivals}) > 1]
-    return "".join(f", {k} {mine[k]}" for k in names)
+def comparable(config):
+    """A run's settings without its place and its seed, which may stand in the path of --init."""
+    same = {k: v for k, v in config.items() if k not in FREE + ("seed",)}
+    same["init"] = re.sub(r"[-_/]?(seed)?\d+", "", str(config["init"]))
+    return same
+
+
+def departures(config):
+    """Settings in which a run is not what --method alone gives, like ", init none, lr 0.001"."""
+    alone = parse(["--method", config["method"], "--data", config["data"], "--scale",
+                   config["scale"]])
+    mine, alone = comparable(config), comparable(alone)
+    return "".join(f", {k} {config[k]}" for k in alone if mine.get(k) != alone[k])
 
 
 def comparison(results, markdown):
@@ -182,9 +198,7 @@ def comparison(results, markdown):
     """
     groups = {}
     for result, config in results:
-        same = {k: v for k, v in config.items() if k not in FREE + ("seed",)}
-        same["init"] = re.sub(r"\d+", "", str(config.get("init")))
-        group = groups.setdefault(json.dumps(same, sort_keys=True), [])
+        group = groups.setdefault(json.dumps(comparable(config), sort_keys=True), [])
         if config["seed"] in [other["seed"] for _, other in group]:
             raise InputError(f"{result.get('run')}: a second run of seed {config['seed']} with the "
                              "same settings; name each run once")
@@ -192,7 +206,7 @@ def comparison(results, markdown):
     columns = [c for c in COLUMNS if any(c[0] in result for result, _ in results)]
     rows = [["method", "data", "seeds"] + [heading for _, heading, _ in columns] +
             ["accuracy in the paper"]]
-    for group in groups.values():
+    for group in sorted(groups.values(), key=lambda g: list(METHODS).index(g[0][1]["method"])):
         config, cells = group[0][1], []
         for key, _, percent in columns:
             values = torch.tensor([result[key] for result, _ in group if key in result])
@@ -200,10 +214,12 @@ def comparison(results, markdown):
             digits = 1 if percent else 3
             spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.{digits}f}{spread}" if len(values) else "-")
-        paper = PAPER.get(config["method"], {}).get(config["data"])
-        name = config["method"] + changes(group, groups.values())
-        rows.append([name, f"{config['data']} {group[0][0]['split']}", str(len(group)),
-                     *cells, "-" if paper is None else f"{paper:.2f}"])
+        other = departures(config)           # the paper's figure is for the paper's row alone
+        paper = None if other else PAPER.get(config["method"], {}).get(config["data"])
+        rows.append([config["method"] + other, f"{config['data']} {group[0][0]['split']}",
+                     str(len(group)), *cells, "-" if paper is None else f"{paper:.2f}"])
+    if {row[-1] for row in rows[1:]} == {"-"}:
+        rows = [row[:-1] for row in rows]                # the toy is not in the paper
     if markdown:
         rows.insert(1, ["---"] * len(rows[0]))
         return ["| " + " | ".join(row) + " |" for row in rows]
@@ -222,7 +238,7 @@ def main(argv=None):
     add("--json", action="store_true", help="print one JSON object a run")
     add("--markdown", action="store_true", help="print the comparison as a Markdown table")
     args = parser.parse_args(argv)
-    overrides = {"device": args.device}
+    overrides = {"device": args.device, "deterministic": False}
     if args.data_dir:
         overrides["data_dir"] = args.data_dir
     results = []

@@ -108,10 +108,10 @@ def simplex(classes, dim):
     """
     if classes > dim + 1:
         raise ValueError(f"{classes} classes have no regular simplex in {dim} dimensions")
-    corners = torch.eye(classes) - 1 / classes                            # (K, K), of rank K - 1
+    corners = torch.eye(classes, dtype=torch.float64) - 1 / classes       # (K, K), of rank K - 1
     basis = torch.linalg.svd(corners).Vh[:classes - 1]                    # (K-1, K), orthonormal
     points = F.pad(corners @ basis.T, (0, dim - classes + 1))             # (K, d)
-    return F.normalize(points, dim=1)
+    return F.normalize(points, dim=1).float()
 
 
 def target_loss(queries, targets):
@@ -225,7 +225,7 @@ def move_prototypes(prototypes, features, labels, momentum=0.99):
     For each row p_c <- momentum * p_c + (1 - momentum) * feature, c its label; normalised at the
     end. In closed form: the feature that is r-th from the last of its class counts momentum^r.
     """
-    chosen = F.one_hot(labels, len(prototypes)).float()                   # (B, K)
+    chosen = F.one_hot(labels, len(prototypes))                           # (B, K)
     later = chosen.sum(dim=0) - chosen.cumsum(dim=0)                      # (B, K), r above
     weights = (1 - momentum) * chosen * momentum ** later                 # (B, K)
     kept = momentum ** chosen.sum(dim=0).unsqueeze(1)                     # (K, 1)

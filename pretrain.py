@@ -22,10 +22,12 @@ import math
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
@@ -63,7 +65,7 @@ SETTINGS = {
     "lr": (2e-4, 8e-4, 0.0, 10.0, "highest learning rate"),
     "warmup_epochs": (60, 2, 0, 100_000, "epochs of linear warm-up"),
     "weight_decay": (0.05, 0.05, 0.0, 10.0, "weight decay of AdamW (none on 1-D parameters)"),
-    "clip": (0.02, 0.02, 0.0, 1e9, "largest norm of the gradient"),
+    "clip": (0.02, 0.02, 1e-6, 1e9, "largest norm of the gradient"),
     "crop_scale": (0.5, 0.5, 0.01, 1.0, "smallest area of a random crop"),
 }
 
@@ -202,11 +204,14 @@ def make_parser(description, settings):
     add("--scale", choices=("paper", "laptop"), help="preset (toy: laptop, others: paper)")
     add("--out", help="run folder (runs/STAGE-DATA)")
     add("--seed", type=int, default=0, help="seed of everything random (%(default)s)")
-    add("--workers", type=int, default=0, help="loading processes (%(default)s)")
+    add("--workers", type=int, help="loading processes (paper 2, laptop 0)")
     add("--device", help="cuda, cpu, ... (cuda if there is one)")
+    add("--deterministic", action="store_true", help="the same bits on CUDA too, more slowly")
     add("--resume", action="store_true", help="go on from the run folder's last.pt")
     add("--labels", default="argmax", choices=("argmax", "majority"), help="votes to label")
     add("--partial", action="store_true", help="accept a data set of unofficial size")
+    add("--align", default="points", choices=("points", "given"),
+        help="RAF-DB: align by the five points, or take its own aligned images (%(default)s)")
     add("--cache", default="runs/cache", help="folder of the memory maps (%(default)s)")
     for name, (paper, laptop, low, _, meaning) in settings.items():
         add("--" + name.replace("_", "-"), type=type(paper),
@@ -223,6 +228,10 @@ def resolve(args, settings, stage, overrides=None):
     config = vars(args).copy()
     config["scale"] = args.scale or ("laptop" if args.data == "toy" else "paper")
     config["stage"] = stage
+    config["workers"] = 2 * (config["scale"] == "paper") if args.workers is None else args.workers
+    for name, high in (("seed", 2**32), ("workers", 1000)):
+        if not 0 <= config[name] <= high:
+            raise InputError(f"--{name} {config[name]}: give a number from 0 to {high}")
     for name, (paper, _, low, high, _) in settings.items():
         if config[name] is None:
             column = 0 if config["scale"] == "paper" else 1
@@ -254,6 +263,7 @@ class Run:
     rank: int
     world: int
     device: torch.device
+    seconds: dict = field(default_factory=lambda: {"data": 0.0, "target": 0.0})
 
     @property
     def out(self):
@@ -265,6 +275,13 @@ class Run:
         size = self.config["batch_size"] // self.world
         return range(self.rank * size, (self.rank + 1) * size)
 
+    @contextmanager
+    def timed(self, name):
+        """Add the time of the block to `seconds`."""
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - begin
+
 
 def start(config):
     """Join the other processes (torchrun sets RANK and WORLD_SIZE), choose the device: a `Run`."""
@@ -275,13 +292,20 @@ def start(config):
             device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
+        if config["deterministic"]:
+            os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"          # cuBLAS asks for it
+            torch.use_deterministic_algorithms(True)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {config['device']}: cannot be used ({reason})") from None
     if world > 1 and not dist.is_initialized():
-        # The others wait for the first process, which may read a large data set for hours.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(hours=12))
+        # Without a prefix for each life, processes that torchrun starts again find the addresses of
+        # dead ones in its store and wait for them (seen with gloo). The others wait for the first
+        # process, which may read a large data set for hours.
+        store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=timedelta(hours=12))
     return Run(config, rank, world, device)
 
 
@@ -297,25 +321,73 @@ def say(run, text):
         sys.stdout.flush()
 
 
+def first_alone(run, work):
+    """The result of `work()`, which the first process does before the others begin.
+
+    If it fails there with an InputError, all processes end with that error: none waits for ever.
+    """
+    result, problem = None, [None]
+    if run.rank == 0:
+        try:
+            result = work()
+        except InputError as error:
+            problem = [str(error)]
+    if run.world > 1:
+        dist.broadcast_object_list(problem)
+    if problem[0]:
+        raise InputError(problem[0])
+    return result if run.rank == 0 else work()
+
+
 def load_split(run, split):
     """A split as `Faces`; the first process builds the memory map, the others wait for it."""
     c = run.config
-    if run.rank > 0:
-        dist.barrier()
-    faces = load_faces(c["data"], c["data_dir"], split, c["image_size"], c["labels"], c["partial"],
-                       c["cache"])
-    if run.world > 1 and run.rank == 0:
-        dist.barrier()
-    return faces
+    return first_alone(run, lambda: load_faces(
+        c["data"], c["data_dir"], split, c["image_size"], c["labels"], c["partial"], c["cache"],
+        c["align"]))
+
+
+class Stopped(Exception):
+    """Training cannot or must not go on; the message says why, `status` is the exit status."""
+
+    def __init__(self, message, status=1):
+        super().__init__(message)
+        self.status = status
+
+
+@contextmanager
+def caught_signals():
+    """A list that SIGTERM and the first Ctrl-C fill with their numbers; the second ends at once."""
+    caught = []
+
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def command_line(main):
-    """Run a script's main; a wrong input is one line on stderr and exit status 2."""
+    """Run a script's main; a wrong input is one line on stderr and exit status 2.
+
+    `Stopped` is one line too, with its own status; Ctrl-C is 130 as in a shell.
+    """
     try:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        sys.exit(error.status)
+    except KeyboardInterrupt:
+        print("interrupted at once; --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -375,13 +447,23 @@ def autocast(run):
 # --------------------------------------------------------------- what both stages need: checkpoints
 
 def save_checkpoint(path, state):
-    """Write beside, flush to the disk, then rename: at any moment `path` is a whole checkpoint."""
+    """Write a checkpoint; at any moment `path` is a whole one, the old or the new."""
+    replace_file(path, lambda file: torch.save(state, file))
+
+
+def replace_file(path, write):
+    """Let `write` fill a file beside, flush it to the disk, then rename it to `path`."""
     beside = path.with_suffix(".tmp")
-    with open(beside, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:             # torch.save's writer raises RuntimeError
+        beside.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}); is the disk "
+                         "full? What was there before is still there") from None
 
 
 def load_checkpoint(path, stage=None, ours=True):
@@ -411,6 +493,10 @@ def load_weights(model, weights, where):
         raise InputError(f"{where}: weights of another model ({len(missing)} missing, {len(extra)} "
                          f"superfluous, {len(shapes)} of other shape; first: {first}); give the "
                          "same --scale and sizes")
+    broken = [k for k, v in weights.items() if v.is_floating_point() and not v.isfinite().all()]
+    if broken:
+        raise InputError(f"{where}: {len(broken)} tensors hold NaN or infinity (first: "
+                         f"{broken[0]}); take another checkpoint")
     model.load_state_dict(weights)
 
 
@@ -421,11 +507,13 @@ FREE = ("resume", "workers", "device", "out", "data_dir", "cache")
 def saved_state(run):
     """The run folder's checkpoint with --resume, else None; InputError if it is of other settings.
 
-    Read once, before anything is taken from it.
+    Read once, before anything is taken from it. A run that torchrun starts again resumes by itself
+    (--max-restarts): the checkpoint is then its own, as each run saves before its first step.
     """
-    if not run.config["resume"]:
-        return None
     path = run.out / "last.pt"
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if not (run.config["resume"] or again and path.exists()):
+        return None
     if not path.exists():
         raise InputError(f"{path}: nothing to resume; leave --resume out to start")
     state = load_checkpoint(path, run.config["stage"])
@@ -455,12 +543,16 @@ def write_config(run):
     about = {**run.config, "command": " ".join(sys.argv), "commit": commit or None,
              "processes": run.world, "device": str(run.device), "python": sys.version.split()[0],
              "torch": torch.__version__, "torchvision": torchvision.__version__}
-    if run.rank == 0:
+
+    def write():
         try:
             run.out.mkdir(parents=True, exist_ok=True)
-            (run.out / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+            if run.rank == 0:
+                (run.out / "config.json").write_text(json.dumps(about, indent=1) + "\n")
         except OSError as error:
             raise InputError(f"--out {run.out}: cannot be written ({error.strerror})") from None
+
+    first_alone(run, write)
     say(run, "settings: " + "  ".join(f"{k}={v}" for k, v in run.config.items()
                                       if v is not None and v is not False))
     size = run.config["batch_size"]
@@ -482,8 +574,11 @@ def batches(run, faces, epoch, first):
     local = order[:steps * size].reshape(steps, size)[first:, run.rows.start:run.rows.stop]
     loader = DataLoader(faces, sampler=local.tolist(), batch_size=None,
                         num_workers=run.config["workers"], pin_memory=run.device.type == "cuda")
-    for images, indices in zip(loader, local):
-        yield images.to(run.device, non_blocking=True), indices
+    loaded = iter(loader)
+    for indices in local:
+        with run.timed("data"):
+            images = next(loaded).to(run.device, non_blocking=True)        # uint8 (b, C, S, S)
+        yield images, indices
 
 
 def steps_per_epoch(run, faces):
@@ -508,55 +603,115 @@ def update(model, optimizer, scaler, loss, clip):
     scaler.update()
 
 
+def not_finite(run, loss, step, lr, faces, indices):
+    """The error of a loss that is NaN or infinite in some process; all processes say the same."""
+    mine = None if loss.isfinite() else (
+        f"loss {loss.item()} in process {run.rank} of {run.world} at step {step}, learning rate "
+        f"{lr:.3g}, faces {', '.join(faces.names[i] for i in indices)}; {run.out / 'last.pt'} is "
+        "the last good checkpoint: look at these faces, or try a smaller --lr")
+    found = [mine]
+    if run.world > 1:            # whichever is ended first by torchrun, the cause has been printed
+        found = [None] * run.world
+        dist.all_gather_object(found, mine)
+    return Stopped(next(text for text in found if text))
+
+
+def train_epoch(run, network, optimizer, scaler, faces, step_loss, state, signals):
+    """The steps of the epoch that are left; True if a signal to any process asks to stop."""
+    c, steps = run.config, steps_per_epoch(run, faces)
+    epoch, first = divmod(state["step"], steps)
+    network.train()
+    bar = tqdm(batches(run, faces, epoch, first), f"epoch {epoch + 1}/{c['epochs']}", steps,
+               initial=first, leave=False, disable=run.rank > 0 or not sys.stderr.isatty())
+    for images, indices in bar:
+        step = state["step"]
+        lr = learning_rate(step, steps * c["epochs"], steps * c["warmup_epochs"], c["lr"])
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        torch.manual_seed((c["seed"] * 1_000_003 + step) * run.world + run.rank)   # drop path
+        loss, numbers = step_loss(network, images, indices, step)
+        wrong, stop = anywhere(run, loss.isfinite().logical_not(), len(signals) > 0)
+        if wrong and not scaler.is_enabled():        # with fp16 the scaler leaves the step out
+            raise not_finite(run, loss, step, lr, faces, indices)
+        update(network, optimizer, scaler, loss, c["clip"])
+        for name, value in numbers.items():
+            state["sums"][name] = state["sums"].get(name, 0) + value.detach().double()
+        state["step"] += 1
+        if stop:
+            return True
+    return False
+
+
 def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch=None):
     """Train for the epochs of the settings, from the start or from the checkpoint `saved`.
 
     step_loss(network, images, indices, step) -> (loss, {name: scalar tensor}) is one step's
     computation; extra() is more state for the checkpoint; end_of_epoch(epoch) -> {name: number} is
     logged beside the means of the step's scalars. All that is random is a function of the seed and
-    the step, so a resumed run draws what an uninterrupted one draws.
+    the step, so a resumed run draws what an uninterrupted one draws. Raises `Stopped` after a
+    signal, when all is saved, or for a loss that is not finite.
     """
     c, steps = run.config, steps_per_epoch(run, faces)
     scaler = torch.amp.GradScaler(run.device.type, enabled=precision(run.device) == torch.float16)
-    step, log = 0, []
+    state = {"step": 0, "log": [], "sums": {}}           # sums of the epoch's scalars so far
     if saved:
         restore(saved, model, optimizer, scaler, run.out / "last.pt")
-        step, log = saved["step"], saved["log"]
+        sums = {k: torch.tensor(v, dtype=torch.float64, device=run.device)
+                for k, v in saved["sums"].items()}
+        state = {"step": saved["step"], "log": saved["log"], "sums": sums}
+
+    def save():
+        save_run(run, {"stage": c["stage"], "config": c, **state, "model": model.state_dict(),
+                       "sums": means(run, state["sums"], 1), "optimizer": optimizer.state_dict(),
+                       "scaler": scaler.state_dict(), **extra()})
+
     write_config(run)
-    write_log(run, log)
+    save()                       # a disk that cannot hold it is an error now, not after an epoch
     network = DistributedDataParallel(model) if run.world > 1 else model
-    for epoch in range(step // steps, c["epochs"]):
-        model.train()
-        sums, begin = {}, time.time()
-        bar = tqdm(batches(run, faces, epoch, step % steps), f"epoch {epoch + 1}/{c['epochs']}",
-                   steps, leave=False, disable=run.rank > 0 or not sys.stderr.isatty())
-        for images, indices in bar:
-            lr = learning_rate(step, steps * c["epochs"], steps * c["warmup_epochs"], c["lr"])
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["scale"]
-            torch.manual_seed((c["seed"] * 1_000_003 + step) * run.world + run.rank)   # drop path
-            loss, numbers = step_loss(network, images, indices, step)
-            update(model, optimizer, scaler, loss, c["clip"])
-            for name, value in numbers.items():
-                sums[name] = sums.get(name, 0) + value.detach().double()
-            step += 1
-        record = {"epoch": epoch + 1, **mean_over_processes(run, sums, steps), "lr": lr,
-                  "images_per_second": round(steps * c["batch_size"] / (time.time() - begin), 1)}
-        if end_of_epoch:
-            record.update(end_of_epoch(epoch, record))
-        log.append(record)
-        say(run, f"epoch {epoch + 1}/{c['epochs']}  " + "  ".join(
-            f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"))
-        if run.rank == 0:
-            save_checkpoint(run.out / "last.pt", {
-                "stage": c["stage"], "config": c, "step": step, "log": log,
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(), **extra()})
-        write_log(run, log)
+    with caught_signals() as signals:
+        while state["step"] < steps * c["epochs"]:
+            first, begin = state["step"], time.time()
+            stop = train_epoch(run, network, optimizer, scaler, faces, step_loss, state, signals)
+            if state["step"] % steps == 0:
+                record = {"epoch": state["step"] // steps, **means(run, state["sums"], steps),
+                          "lr": optimizer.param_groups[-1]["lr"],
+                          **pace(run, begin, state["step"] - first, steps * c["epochs"] - first)}
+                record.update(end_of_epoch(record) if end_of_epoch else {})
+                state["log"].append(record)
+                state["sums"] = {}
+                say(run, f"epoch {record['epoch']}/{c['epochs']}  " + "  ".join(
+                    f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"))
+            save()
+            if stop and state["step"] < steps * c["epochs"]:
+                raise Stopped(f"after step {state['step']} by a signal, all is saved; go on with "
+                              "the same command and --resume", 128 + (signals or [15])[0])
 
 
-def mean_over_processes(run, sums, steps):
+def pace(run, begin, done, left):
+    """Of `done` steps since `begin`: images a second, seconds left, shares of data and targets.
+
+    Shares of the time, 0 .. 1, of reading faces and of augmenting them and making targets; the rest
+    is the model's. On CUDA these two only start work on the device, which the model's share awaits.
+    """
+    seconds = time.time() - begin
+    shares = {f"{name}_share": round(run.seconds[name] / seconds, 4) for name in run.seconds}
+    run.seconds.update(data=0.0, target=0.0)
+    return {"images_per_second": round(done * run.config["batch_size"] / seconds, 1),
+            "seconds_left": round(seconds / done * (left - done)), **shares}
+
+
+def anywhere(run, *flags):
+    """For each flag, whether it is set in any process: all decide alike."""
+    flags = torch.stack([torch.as_tensor(flag, device=run.device).float() for flag in flags])
+    if run.world > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return flags.bool().tolist()
+
+
+def means(run, sums, steps):
     """Sums over steps of this process -> means over steps and processes, as numbers."""
+    if not sums:
+        return {}
     values = torch.stack(list(sums.values())) / steps                      # (scalars,)
     if run.world > 1:
         dist.all_reduce(values)
@@ -564,12 +719,20 @@ def mean_over_processes(run, sums, steps):
     return dict(zip(sums, values.tolist()))
 
 
+def save_run(run, state):
+    """last.pt and log.jsonl of the run folder, by the first process; the others wait for it."""
+    def save():
+        if run.rank == 0:
+            save_checkpoint(run.out / "last.pt", state)
+            write_log(run, state["log"])
+
+    first_alone(run, save)
+
+
 def write_log(run, log):
-    """log.jsonl: one object an epoch; rewritten beside and renamed."""
-    if run.rank == 0:
-        beside = run.out / "log.tmp"
-        beside.write_text("".join(json.dumps(record) + "\n" for record in log))
-        os.replace(beside, run.out / "log.jsonl")
+    """log.jsonl: one object an epoch."""
+    lines = "".join(json.dumps(record) + "\n" for record in log)
+    replace_file(run.out / "log.jsonl", lambda file: file.write(lines.encode()))
 
 
 def uniforms(run, step, columns=12):
@@ -632,16 +795,18 @@ def main(argv=None):
              f"all; {count} of {grid * grid} patches masked")
 
     def step_loss(network, images, indices, step):
-        images = augment(images, uniforms(run, step), c["image_size"], c["data"], c["crop_scale"])
-        seed = c["seed"] * 1_000_003 + step
-        mask = draw_masks(c["mask"], run.rows, grid, count, seed).to(run.device)   # (b, N)
-        target = make_targets(images, c["target"], c["patch_size"])                # (b, N, T)
+        with run.timed("target"):
+            images = augment(images, uniforms(run, step), c["image_size"], c["data"],
+                             c["crop_scale"])
+            seed = c["seed"] * 1_000_003 + step
+            mask = draw_masks(c["mask"], run.rows, grid, count, seed).to(run.device)   # (b, N)
+            target = make_targets(images, c["target"], c["patch_size"])            # (b, N, T)
         with autocast(run):
             prediction = network(images, mask)                                     # (b, N, T)
         loss = masked_mse(prediction, target, mask)
         return loss, {"loss": loss, "trivial": masked_mse(trivial, target, mask)}
 
-    def skill(epoch, record):
+    def skill(record):
         return {"skill": 1 - record["loss"] / record["trivial"]}
 
     fit(run, model, optimizer, faces, step_loss, saved, end_of_epoch=skill)

@@ -31,8 +31,8 @@ from datasets import DATA, InputError, augment, hold_out, prepare
 from decoder import LabelDecoder
 from pll import (candidates_from_votes, cc_loss, contrastive_loss, generate_candidates,
                  initial_confidence, is_revised, lw_loss, lw_weights, move_prototypes,
-                 moving_confidence, pll_loss, prototype_labels, rc_update, revise, transition,
-                 uniform_loss, uniform_transition)
+                 moving_confidence, pll_loss, prototype_labels, rc_update, revise, simplex,
+                 target_loss, transition, uniform_loss, uniform_transition)
 from pretrain import (MODEL_SETTINGS, autocast, build_encoder, command_line, fit, load_checkpoint,
                       load_split, load_weights, make_parser, parameter_groups, parameters, resolve,
                       saved_state, say, start, uniforms)
@@ -54,7 +54,7 @@ SETTINGS = {
     "layer_decay": (0.65, 1.0, 0.01, 1.0, "factor of the learning rate for each deeper block"),
     "warmup_epochs": (20, 2, 0, 100_000, "epochs of linear warm-up"),
     "weight_decay": (0.05, 0.05, 0.0, 10.0, "weight decay of AdamW (none on 1-D parameters)"),
-    "clip": (1.0, 1.0, 0.0, 1e9, "largest norm of the gradient"),
+    "clip": (1.0, 1.0, 1e-6, 1e9, "largest norm of the gradient"),
     "drop_path": (0.1, 0.0, 0.0, 0.9, "how often the last block's branches are dropped"),
     "dropout": (0.1, 0.0, 0.0, 0.9, "dropout in the label decoder"),
     "crop_scale": (0.5, 0.8, 0.01, 1.0, "smallest area of a random crop"),
@@ -62,6 +62,8 @@ SETTINGS = {
     "light": (0.3, 0.2, 0.0, 1.0, "largest change of brightness and contrast"),
     "erase": (0.25, 0.0, 0.0, 1.0, "how often a rectangle is erased"),
     "min_votes": (1, 1, 1, 1000, "votes that make a label a candidate"),
+    "uniform": ("queries", "queries", ("queries", "targets"), None,
+                "Eq. (3) of the queries, or pull them to positions that are optimal in Eq. (3)"),
     "uniform_weight": (1.0, 1.0, 0.0, 1000.0, "weight of Eq. (3) beside Eq. (2)"),
     "tau": (0.25, 0.25, 0.001, 100.0, "temperature of Eq. (3)"),
     "threshold": (0.1, 0.1, 0.0, 0.9999, "lead of the first label that makes it the only one"),
@@ -82,7 +84,7 @@ METHODS = {
     "soft": dict(_plain, loss="soft"),
     **{name: dict(_plain, loss=name, model="resnet18") for name in ("rc", "cc", "lw", "pico")},
     **{f"{name}-vit": dict(_plain, loss=name) for name in ("rc", "cc", "lw", "pico")},
-    "resnet18-pll": dict(_plain, model="resnet18"),
+    "resnet18-pll": dict(_plain, model="resnet18", revise=False),
     "mim-pixel": dict(_mim, loss="ce", init="pretrain-pixel"),
     "mim-hog": dict(_mim, loss="ce"),
     "mim-pixel-pll": dict(_mim, revise=False, init="pretrain-pixel"),
@@ -207,6 +209,9 @@ def pretrained_weights(config):
                          f"pretrain.py --data {config['data']} --scale {config['scale']}{folder}"
                          f"{target} (or choose --init imagenet or none)")
     state = load_checkpoint(where, "pretrain")
+    if not state["log"]:
+        raise InputError(f"{where}: stopped within its first epoch; go on with pretrain.py "
+                         "--resume")
     weights = {k.removeprefix("encoder."): v for k, v in state["model"].items()
                if k.startswith("encoder.")}
     return f"{where} (epoch {len(state['log'])})", weights
@@ -217,16 +222,14 @@ def resnet_weights(path):
 
     The classifier is left out. Counters of batches, which old checkpoints lack, start at 0.
     """
-    state = load_checkpoint(path, ours=False)
-    while not any(isinstance(v, torch.Tensor) for v in state.values()):
-        inner = [v for v in state.values() if isinstance(v, dict) and v]
-        if not inner:
-            raise InputError(f"{path}: holds no weights")
-        state = max(inner, key=len)
-    prefix = [k.removesuffix("layer1.0.conv1.weight") for k in state if
-              k.endswith("layer1.0.conv1.weight")]
-    if not prefix:
-        raise InputError(f"{path}: not a ResNet-18 (no key ends with layer1.0.conv1.weight)")
+    mark, search = "layer1.0.conv1.weight", [load_checkpoint(path, ours=False)]
+    for state in search:                                 # grows by the dicts that it holds
+        prefix = [k.removesuffix(mark) for k in state if str(k).endswith(mark)]
+        if prefix:
+            break
+        search += [v for v in state.values() if isinstance(v, dict)]
+    else:
+        raise InputError(f"{path}: not a ResNet-18 (no key ends with {mark})")
     own = torchvision.models.resnet18(weights=None).state_dict()
     counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
     found = {k.removeprefix(prefix[0]): v for k, v in state.items() if k.startswith(prefix[0])}
@@ -358,6 +361,9 @@ def check_combination(config):
     if config["revise"] and config["loss"] != "pll":
         raise InputError(f"--revise: Eq. (4-5) revise the confidence of --loss pll, not of --loss "
                          f"{config['loss']}")
+    if config["loss"] == "pico" and config["queue"] < config["batch_size"]:
+        raise InputError(f"--queue {config['queue']}: PiCO's queue must hold at least a batch, "
+                         f"{config['batch_size']} keys")
     if config["loss"] == "pico" and config["crop_scale"] == 1 and not (
             config["degrees"] or config["light"] or config["erase"]):
         raise InputError("--loss pico: compares two views of a face, which need augmentation; set "
@@ -392,6 +398,22 @@ def confidence_table(run, faces, saved):
             "faces": digest}
 
 
+def trivial_answer(c, faces, candidates):
+    """Logits (K,) that say how frequent each label is in C before training, whatever the face."""
+    first = initial_confidence(candidates) if c["loss"] == "lw" else \
+        make_confidence(c, faces, candidates.cpu())                       # (n, K)
+    return first.mean(dim=0).clamp(min=1e-6).log().to(candidates.device)  # (K,)
+
+
+def spread(c, head):
+    """Eq. (3) of the label queries, or how far they are from positions that are optimal in it."""
+    if not c["uniform_weight"]:
+        return torch.zeros((), device=next(head.parameters()).device)
+    if c["uniform"] == "targets":
+        return target_loss(head.queries, simplex(*head.queries.shape).to(head.queries.device))
+    return uniform_loss(head.queries, c["tau"])                           # Eq. (3)
+
+
 def objective(c, logits, confidence, candidates, revising):
     """Loss of a batch and its rows of C for the next visit: (scalar, (B, K)).
 
@@ -414,20 +436,17 @@ def algorithm_1(run, model, faces, table):
     """The body of Algorithm 1's inner loop, as the `step_loss` that `pretrain.fit` asks for."""
     c, confidence, candidates = run.config, table["confidence"], table["candidates"]   # (n, K)
     labels, steps = faces.labels.to(run.device), len(faces) // c["batch_size"]
-    first = initial_confidence(candidates) if c["loss"] == "lw" else \
-        make_confidence(c, faces, candidates.cpu()).to(run.device)        # C before training (n, K)
-    frequency = first.mean(dim=0).clamp(min=1e-6).log()                   # (K,), the trivial answer
+    frequency = trivial_answer(c, faces, candidates)                      # (K,)
 
     def iteration(network, images, indices, step):
-        images = augment(images, uniforms(run, step), c["image_size"], c["data"], c["crop_scale"],
-                         c["degrees"], c["light"], c["erase"])
+        with run.timed("target"):
+            images = augment(images, uniforms(run, step), c["image_size"], c["data"],
+                             c["crop_scale"], c["degrees"], c["light"], c["erase"])
         indices = indices.to(run.device)
         with autocast(run):
             logits = network(images)                                      # (b, K)
         logits = logits.float()
-        uniform = logits.new_zeros(())
-        if c["uniform_weight"]:
-            uniform = uniform_loss(model.head.queries, c["tau"])          # Eq. (3)
+        uniform = spread(c, model.head)                                   # Eq. (3)
         revising = c["revise"] and step // steps >= c["warmup_revision"]
         before, sets = confidence[indices], candidates[indices]           # (b, K)
         pll, after = objective(c, logits, before, sets, revising)         # Eq. (4), (5), then (2)
@@ -462,6 +481,14 @@ def pico_state(run, model, saved):
     return state
 
 
+def enqueue(state, keys, labels):
+    """Put keys (B, 128) and their labels (B,) in the place of the oldest in PiCO's queue."""
+    at = (state["at"] + torch.arange(len(keys))) % len(state["queue"])    # (B,)
+    state["queue"][at.to(keys.device)] = keys
+    state["queue_labels"][at.to(keys.device)] = labels
+    state["at"] = (state["at"] + len(keys)) % len(state["queue"])
+
+
 def pico(run, model, faces, table, state):
     """PiCO's step (Wang et al. 2022) as the `step_loss` that `pretrain.fit` asks for.
 
@@ -471,12 +498,14 @@ def pico(run, model, faces, table, state):
     """
     c, confidence, candidates = run.config, table["confidence"], table["candidates"]   # (n, K)
     labels, steps = faces.labels.to(run.device), len(faces) // c["batch_size"]
+    frequency = trivial_answer(c, faces, candidates)                      # (K,)
     views = (c["image_size"], c["data"], c["crop_scale"], c["degrees"], c["light"], c["erase"])
 
     def iteration(network, images, indices, step):
         u = uniforms(run, step, columns=24)                               # 12 for each view
         indices = indices.to(run.device)
-        one, two = augment(images, u[:, :12], *views), augment(images, u[:, 12:], *views)
+        with run.timed("target"):
+            one, two = augment(images, u[:, :12], *views), augment(images, u[:, 12:], *views)
         with autocast(run):
             logits, q = network(one)                                      # (b, K), (b, 128)
         with torch.no_grad():
@@ -498,17 +527,16 @@ def pico(run, model, faces, table, state):
                 confidence[everywhere] = moving_confidence(confidence[everywhere], near, momentum)
                 same = guess[:, None] == torch.cat([guess_all, state["queue_labels"]])
                 positive = positive | same
-        pll = pll_loss(logits, confidence[indices])
+        uniform, target = spread(c, model.head), confidence[indices]      # (b, K)
+        pll, trivial = pll_loss(logits, target), pll_loss(frequency.expand_as(target), target)
         contrast = contrastive_loss(q, keys, positive)
         with torch.no_grad():
             state["prototypes"] = move_prototypes(state["prototypes"], q_all, guess_all)
-            at = (state["at"] + torch.arange(len(k_all))) % len(state["queue"])
-            state["queue"][at.to(run.device)], state["queue_labels"][at.to(run.device)] = \
-                k_all, guess_all
-            state["at"] = (state["at"] + len(k_all)) % len(state["queue"])
+            enqueue(state, k_all, guess_all)
         hits = (logits.argmax(dim=1) == labels[indices]).float().mean()
-        loss = pll + PICO["weight"] * contrast
-        return loss, {"loss": loss, "pll": pll, "contrastive": contrast, "train_accuracy": hits}
+        loss = pll + PICO["weight"] * contrast + c["uniform_weight"] * uniform
+        return loss, {"loss": loss, "pll": pll, "trivial": trivial, "contrastive": contrast,
+                      "uniform": uniform, "train_accuracy": hits}
 
     return iteration
 
@@ -520,7 +548,7 @@ def watcher(run, model, faces, held, table):
     RC, LW and PiCO, whose C moves gradually: that have several candidates); of these, how many have
     the voted label on top, and on the toy the drawn class.
     """
-    def end_of_epoch(epoch, record):
+    def end_of_epoch(record):
         c, confidence, numbers = run.config, table["confidence"].cpu(), {}
         rows = table["candidates"].cpu().sum(dim=1) > 1                   # (n,)
         if c["revise"]:

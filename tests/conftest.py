@@ -10,6 +10,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
 
 # A run of seconds: small pictures, a small model, few steps (counts of the toy: 2000, 500, 1000).
 TINY = ("--image-size 16 --patch-size 4 --dim 16 --depth 2 --heads 2 --batch-size 250 --epochs 2 "
@@ -31,8 +32,16 @@ def run_script(script, *flags, processes=1, status=0, cwd=None):
 def read_log(folder):
     """The epochs of log.jsonl, without what depends on the clock."""
     lines = (pathlib.Path(folder) / "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "images_per_second"}
-            for line in lines]
+    clock = ("images_per_second", "seconds_left", "data_share", "target_share")
+    return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
+
+
+def flags_for(method, out, cache, *more):
+    """The command line of a tiny run of a method; those that need pre-training start without."""
+    init = train.METHODS[method].get("init", "pretrain")
+    return ["--method", method, *TINY, "--lr", "3e-3", "--warmup-revision", "1", "--threshold",
+            "0.02", "--out", str(out), "--cache", str(cache),
+            *([] if init == "imagenet" else ["--init", "none"]), *map(str, more)]
 
 
 def read_state(folder):
@@ -62,3 +71,17 @@ def trained(tmp_path_factory, cache, pretrained):
     run_script("train.py", *TINY, "--init", pretrained, "--out", out, "--cache", cache,
                "--warmup-revision", 1, "--threshold", 0.02)
     return out
+
+
+@pytest.fixture(scope="session")
+def method_run(tmp_path_factory, cache):
+    """method_run(name): a tiny run of a row of the tables, made when it is first asked for."""
+    runs = {}
+
+    def run(method):
+        if method not in runs:
+            runs[method] = tmp_path_factory.mktemp("runs") / method
+            train.main(flags_for(method, runs[method], cache))
+        return runs[method]
+
+    return run

@@ -84,6 +84,14 @@ def test_attention_maps_are_those_that_were_used():
     logits, maps = decoder(tokens, need_attention=True)
     assert maps.shape == (3, 2, 3, 7, 9) and logits.equal(decoder(tokens))
     torch.testing.assert_close(maps.sum(-1), torch.ones(3, 2, 3, 7))
+    for i, layer in enumerate(decoder.layers):         # what its attention really was given
+        given = []
+        hook = layer.cross_attn.register_forward_pre_hook(lambda _, args: given.append(args))
+        decoder(tokens)
+        hook.remove()
+        query, key, value = given[0]
+        torch.testing.assert_close(maps[:, i], layer.cross_attn.weights(query, key))
+        assert key is tokens and value is tokens
     attention = Attention(24, 3)
     query = torch.randn(3, 7, 24)
     weights, value = attention.weights(query, tokens), attention.split(attention.v(tokens))

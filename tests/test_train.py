@@ -1,16 +1,18 @@
 """The command lines: what a run leaves behind, resume, two processes against one, wrong input."""
 import json
+import pickle
 import shutil
 
 import pytest
 import torch
 import torchvision
+from torch.utils.data import DataLoader
 
 import evaluate
 import pretrain
 import train
 from conftest import ROOT, TINY, read_log, read_state, run_script
-from datasets import InputError
+from datasets import InputError, load_faces
 from pll import initial_confidence, is_revised
 from pretrain import command_line
 
@@ -70,34 +72,10 @@ def test_the_encoder_starts_from_pre_training(pretrained, trained, tmp_path, cac
 
 @pytest.mark.parametrize("script, flags", [
     ("pretrain.py", ["--decoder-dim", 8, "--decoder-heads", 2]),
-    ("train.py", ["--init", "none", "--warmup-revision", 1, "--threshold", 0.02, "--dropout", 0.1,
-                  "--drop-path", 0.1, "--erase", 0.2])])
-def test_interrupted_equals_uninterrupted(script, flags, tmp_path, cache):
-    """Stopped after its first epoch and resumed, a run ends with the same bits."""
-    flags = [*TINY, *flags, "--cache", cache]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run_script(script, *flags, "--out", whole)
-    code = ("import sys, pretrain; save = pretrain.save_checkpoint\n"
-            "def once(*a): save(*a); sys.exit(9)\n"
-            "pretrain.save_checkpoint = once\n"
-            f"import {script[:-3]} as stage; "
-            f"stage.main({[str(f) for f in flags]} + ['--out', {str(parts)!r}])")
-    stop = tmp_path / "stop.py"
-    stop.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}\n")
-    run_script(stop, status=9)
-    assert len(read_state(parts)["log"]) == 1
-    run_script(script, *flags, "--out", parts, "--resume")
-    assert read_log(parts) == read_log(whole)
-    a, b = read_state(parts), read_state(whole)
-    for key in a.keys() - {"config", "log"}:
-        assert same(a[key], b[key]), key
-
-
-@pytest.mark.parametrize("script, flags", [
-    ("pretrain.py", ["--decoder-dim", 8, "--decoder-heads", 2]),
     ("train.py", ["--init", "none", "--warmup-revision", 1, "--threshold", 0.01, "--lr", 1e-3])])
 def test_two_processes_equal_one(script, flags, tmp_path, cache):
-    flags = [*TINY, *flags, "--cache", cache]
+    """24 steps of each stage."""
+    flags = [*TINY, "--epochs", 3, *flags, "--cache", cache]
     run_script(script, *flags, "--out", tmp_path / "one")
     run_script(script, *flags, "--out", tmp_path / "two", processes=2)
     assert same(read_log(tmp_path / "one"), read_log(tmp_path / "two"), 1e-4)
@@ -119,6 +97,11 @@ def test_evaluation_prints_text_and_json_and_is_exact_with_two_processes(trained
     assert result["accuracy"] == pytest.approx(confusion.diag().sum().item() / 1000)
     recalls = [row["recall"] for row in result["per_class"].values()]
     assert result["mean_class_accuracy"] == pytest.approx(sum(recalls) / 7)
+    last = read_log(trained)[-1]
+    assert f"revised in training  {last['revised']:7.2%}   of its faces, " in text
+    assert (f"{last['revised_as_voted']:.2%} as voted, {last['revised_as_true']:.2%} as drawn"
+            in text)
+    assert result["revised_as_true"] == last["revised_as_true"]
     assert result["majority_class_rate"] == confusion.sum(1).max().item() / 1000
     two = json.loads(run_script("evaluate.py", trained, "--json", processes=2).stdout)
     assert two["confusion"] == result["confusion"]
@@ -152,6 +135,8 @@ def test_resuming_with_other_settings_is_refused_with_the_differences(trained, c
     (train, ["--data", "raf", "--init", "none", *TINY],
      "data/raf: there is no such folder (--data-dir)"),
     (pretrain, ["--resume"], "runs/pretrain-toy/last.pt: nothing to resume"),
+    (pretrain, ["--seed", "-1"], "--seed -1: give a number from 0"),
+    (pretrain, ["--clip", "0"], "--clip 0.0: give a number from 1e-06"),
     (pretrain, ["--epochs", "0"], "--epochs 0: give a number from 1"),
     (pretrain, ["--image-size", "50"], "--image-size 50 is not a multiple of --patch-size 8"),
     (pretrain, ["--dim", "30", "--heads", "4"], "--dim 30 is not a multiple of --heads 4"),
@@ -177,6 +162,45 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_does(tmp_path, cach
                       "--cache", cache, processes=2, status=1)
     assert ("--batch-size 251 cannot be divided among 2 processes; the nearest that can is 252"
             in done.stderr)
+
+
+def test_an_error_of_the_first_process_ends_all_of_them_at_once(tmp_path, cache):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    done = run_script("pretrain.py", *TINY, "--out", blocked / "run", "--cache", cache,
+                      processes=2, status=1)
+    assert f"error: --out {blocked}/run: cannot be written" in done.stderr    # by one or by both
+    assert str(ROOT / "pretrain.py") + '", line' not in done.stderr     # torchrun's own aside
+
+
+def test_loading_processes_change_nothing(pretrained, tmp_path, cache):
+    run_script("pretrain.py", *TINY, "--decoder-dim", 8, "--decoder-heads", 2, "--out", tmp_path,
+               "--cache", cache, "--workers", 2)
+    assert read_log(tmp_path) == read_log(pretrained)
+
+
+def test_a_memory_map_survives_the_way_to_a_spawned_worker(cache):
+    faces = load_faces("toy", None, "val", 16, cache=cache)
+    loader = DataLoader(faces, sampler=[[3, 4], [0, 499]], batch_size=None, num_workers=1,
+                        multiprocessing_context="spawn")
+    for batch, rows in zip(loader, ([3, 4], [0, 499])):
+        assert batch.equal(faces[rows])
+    assert len(pickle.dumps(faces)) < 100_000                # the file's name, not the images
+
+
+def test_blocks_learn_at_their_own_rates(tmp_path, cache, monkeypatch):
+    rates = []
+    update = pretrain.update
+
+    def watch(model, optimizer, *rest):
+        rates.append({g["scale"]: g["lr"] for g in optimizer.param_groups})
+        update(model, optimizer, *rest)
+
+    monkeypatch.setattr(pretrain, "update", watch)
+    train.main([*TINY, "--init", "none", "--layer-decay", "0.5", "--lr", "1e-3", "--epochs", "1",
+                "--warmup-epochs", "0", "--out", str(tmp_path), "--cache", str(cache)])
+    assert rates[0] == pytest.approx({1.0: 1e-3, 0.5: 5e-4, 0.25: 2.5e-4, 0.125: 1.25e-4})
+    assert rates[-1][1.0] < rates[0][1.0]
 
 
 @pytest.mark.parametrize("flags", [

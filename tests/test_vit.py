@@ -99,8 +99,13 @@ def test_positions_interpolate_to_another_grid():
     assert interpolate_positions(positions, 4) is positions
     larger = interpolate_positions(positions, 8)
     assert larger.shape == (1, 65, 24) and larger[:, 0].equal(positions[:, 0])
-    constant = torch.full((1, 17, 24), 3.0)
-    torch.testing.assert_close(interpolate_positions(constant, 7), torch.full((1, 50, 24), 3.0))
+    ramp = torch.zeros(1, 17, 2)                       # column and row of each patch's centre
+    ramp[0, 1:, 0] = torch.arange(16) % 4 + 0.5
+    ramp[0, 1:, 1] = torch.arange(16) // 4 + 0.5
+    finer = interpolate_positions(ramp, 8)[0, 1:].reshape(8, 8, 2)[2:6, 2:6]    # inside the border
+    centres = torch.arange(2, 6) / 2 + 0.25            # centres of a grid twice as fine
+    torch.testing.assert_close(finer[..., 0], centres.expand(4, 4), rtol=0, atol=0.05)
+    torch.testing.assert_close(finer[..., 1], centres[:, None].expand(4, 4), rtol=0, atol=0.05)
     assert ViT(**SMALL)(torch.randn(2, 3, 48, 48)).shape == (2, 37, 24)
 
 

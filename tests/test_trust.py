@@ -1,0 +1,346 @@
+"""Runs that are interrupted, killed, restarted or given wrong numbers; nothing is lost."""
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import pretrain
+import train
+from conftest import ROOT, TINY, flags_for, read_log, read_state, run_script
+from datasets import InputError
+from hog import hog_targets
+from pll import (cc_loss, contrastive_loss, lw_loss, lw_weights, pll_loss, rc_update, simplex,
+                 target_loss, top2, uniform_loss)
+from test_train import same
+
+DECODER = ["--decoder-dim", "8", "--decoder-heads", "2"]
+
+
+def flags_of(flags, out, cache, *more):
+    return [*TINY, "--epochs", "4", *flags, "--out", str(out), "--cache", str(cache), *more]
+
+
+def at_step(n, act):
+    """`pretrain.update` that calls act() before the update of step n (0 is the first)."""
+    update, calls = pretrain.update, []
+
+    def counted(*args):
+        if len(calls) == n:
+            act()
+        calls.append(1)
+        update(*args)
+    return counted
+
+
+def stop_and_resume(script, flags, step, monkeypatch):
+    """SIGTERM while `step` is computed ends the run after the next one; then resume it."""
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "update",
+                      at_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+        with pytest.raises(pretrain.Stopped, match=f"after step {step + 2} .* --resume") as stop:
+            script.main(flags)
+    assert stop.value.status == 143 and signal.getsignal(signal.SIGTERM) is before
+    state = read_state(flags[flags.index("--out") + 1])
+    assert state["step"] == step + 2 and state["sums"]["loss"] != 0
+    script.main([*flags, "--resume"])
+
+
+def assert_same_run(a, b):
+    """Two run folders hold the same bits."""
+    assert read_log(a) == read_log(b)
+    a, b = read_state(a), read_state(b)
+    for key in a.keys() - {"config"}:
+        assert key == "log" or same(a[key], b[key]), key
+
+
+RANDOM = ("--init none --warmup-revision 1 --threshold 0.02 --dropout 0.1 --drop-path 0.1 --erase "
+          "0.2 --val 0.1").split()
+
+
+@pytest.mark.parametrize("script, flags", [(pretrain, DECODER), (train, RANDOM)])
+def test_a_stage_stopped_in_mid_epoch_and_resumed_is_the_same(script, flags, tmp_path, cache,
+                                                             monkeypatch):
+    """In the third of four epochs; with all that is random."""
+    script.main(flags_of(flags, tmp_path / "whole", cache))
+    stop_and_resume(script, flags_of(flags, tmp_path / "parts", cache), 18, monkeypatch)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", train.METHODS)
+def test_a_method_stopped_in_mid_epoch_and_resumed_is_the_same(method, method_run, tmp_path, cache,
+                                                              monkeypatch):
+    stop_and_resume(train, flags_for(method, tmp_path / "parts", cache), 9, monkeypatch)
+    assert_same_run(tmp_path / "parts", method_run(method))
+
+
+def wait_for(condition, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "nothing happened"
+        time.sleep(0.05)
+
+
+def start_script(script, flags, before=(), **how):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([sys.executable, *before, str(ROOT / script), *flags], text=True,
+                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_and_sigterm_end_with_one_line(number, status, tmp_path, cache):
+    run = start_script("pretrain.py", flags_of(DECODER, tmp_path, cache, "--epochs", "5000"))
+    wait_for(lambda: (tmp_path / "log.jsonl").exists() and read_log(tmp_path))
+    run.send_signal(number)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == status
+    assert error.startswith("stopped: after step ") and error.count("\n") == 1
+    assert read_state(tmp_path)["step"] >= 8
+
+
+def test_sigterm_to_torchrun_saves_at_one_step_in_all_processes(tmp_path, cache):
+    flags = flags_of(DECODER, tmp_path, cache, "--epochs", "5000")
+    run = start_script("pretrain.py", flags, before=["-m", "torch.distributed.run", "--standalone",
+                                                     "--nproc_per_node=2"])
+    wait_for(lambda: (tmp_path / "log.jsonl").exists() and read_log(tmp_path))
+    run.send_signal(signal.SIGTERM)
+    _, error = run.communicate(timeout=60)
+    step = read_state(tmp_path)["step"]
+    assert step >= 8 and error.count(f"stopped: after step {step} by a signal, all is saved") == 2
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    with pytest.raises(KeyboardInterrupt):
+        with pretrain.caught_signals() as signals:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert signals == [signal.SIGINT]
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
+    """A process does nothing but save 20 MB checkpoints and is killed again and again."""
+    path, step = tmp_path / "last.pt", -1
+    code = (f"import sys, pathlib, torch; sys.path.insert(0, {str(ROOT)!r})\n"
+            f"import pretrain; path = pathlib.Path({str(path)!r}); step = 0\n"
+            "while True:\n"
+            "    x = torch.full((5_000_000,), float(step))\n"
+            "    pretrain.save_checkpoint(path, {'stage': 'train', 'step': step, 'x': x})\n"
+            "    step += 1\n")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        path.unlink(missing_ok=True)
+        run = subprocess.Popen([sys.executable, "-c", code])
+        wait_for(path.exists)
+        time.sleep(torch.rand(1, generator=generator).item() * 0.4)
+        run.kill()
+        run.wait()
+        state = pretrain.load_checkpoint(path, "train")
+        assert (state["x"] == state["step"]).all()
+        step = max(step, state["step"])
+    assert step > 0                                      # one at least was replaced
+
+
+def test_a_killed_rank_comes_back_and_the_result_is_the_same(tmp_path, cache):
+    """torchrun --max-restarts: rank 1 is killed in the second epoch of its first life."""
+    flags = flags_of(["--init", "none", "--warmup-revision", "1", "--threshold", "0.02"],
+                     tmp_path / "killed", cache)
+    script = tmp_path / "killed.py"
+    script.write_text(
+        f"import os, signal, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import pretrain, train; from test_trust import at_step\n"
+        "if os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
+        "    pretrain.update = at_step(13, lambda: os.kill(os.getpid(), signal.SIGKILL))\n"
+        f"pretrain.command_line(lambda: train.main({flags!r}))\n")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", "--max-restarts=3", str(script)],
+                          capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 1/4") == 1 and done.stdout.count("epoch 2/4") == 1
+    run_script("train.py", *flags, "--out", tmp_path / "whole", processes=2)
+    assert same(read_log(tmp_path / "killed"), read_log(tmp_path / "whole"), 1e-6)
+    a, b = read_state(tmp_path / "killed"), read_state(tmp_path / "whole")
+    assert same(a["model"], b["model"], 1e-6) and a["confidence"].equal(b["confidence"])
+
+
+@pytest.mark.parametrize("method", ["ours", "pico-vit"])
+def test_every_process_holds_the_same_confidence_after_every_step(method, tmp_path, cache):
+    """Each process prints a digest of its table C after each of 16 steps."""
+    script = tmp_path / "digests.py"
+    script.write_text(
+        f"import hashlib, os, sys; sys.path[:0] = [{str(ROOT)!r}]\n"
+        "import pretrain, train\n"
+        "make, update, tables = train.confidence_table, pretrain.update, []\n"
+        "def keep(*a): tables.append(make(*a)); return tables[-1]\n"
+        "def watch(*a):\n"
+        "    update(*a); c = tables[0]['confidence']\n"
+        "    digests.append(hashlib.sha256(c.numpy().tobytes()).hexdigest())\n"
+        "train.confidence_table, pretrain.update, digests = keep, watch, []\n"
+        f"train.main({flags_for(method, tmp_path / 'run', cache)!r})\n"
+        "open(f'{sys.argv[1]}-{os.environ.get(\"RANK\", 0)}', 'w').write('\\n'.join(digests))\n"
+        "train.dist.is_initialized() and train.dist.destroy_process_group()\n")
+    run_script(script, tmp_path / "two", processes=2)
+    zero, one = ((tmp_path / f"two-{rank}").read_text().splitlines() for rank in (0, 1))
+    assert zero == one and len(zero) == 16
+    assert len(set(zero)) > 5                            # it did change from step to step
+
+
+def test_more_processes_than_faces_is_an_error():
+    config, faces = dict(batch_size=8), range(5)
+    with pytest.raises(InputError, match="--batch-size 8 is more than the 5 faces"):
+        pretrain.steps_per_epoch(pretrain.Run(config, 0, 8, torch.device("cpu")), faces)
+
+
+def test_a_full_disk_is_an_error_before_training(tmp_path, cache, pretrained):
+    """Files of at most 20 kB: the first checkpoint does not fit (the memory map is there)."""
+    import resource
+    flags = flags_of(DECODER, tmp_path / "run", cache)
+    run = start_script("pretrain.py", flags, preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (20_000, 20_000)))
+    out, error = run.communicate(timeout=120)
+    assert run.returncode == 2 and "epoch 1/4" not in out
+    assert error.startswith(f"error: {tmp_path / 'run/last.pt'}: cannot be written (")
+    assert "is the disk full? What was there before is still there" in error
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json"}
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    pretrain.save_checkpoint(path, {"stage": "train", "step": 1})
+
+    def fail(state, file):
+        file.write(b"half a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(InputError, match="cannot be written .*No space left"):
+        pretrain.save_checkpoint(path, {"stage": "train", "step": 2})
+    assert pretrain.load_checkpoint(path)["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def broken_at(step, value=float("nan"), rank=None):
+    """`train.pll_loss` that is not finite at one of its calls (once for the loss and once for the
+    trivial answer in each step), in one process or in all."""
+    whole, calls = train.pll_loss, []
+
+    def loss(*args):
+        calls.append(1)
+        wrong = len(calls) == 2 * step + 1 and rank in (None, int(os.environ.get("RANK", 0)))
+        return whole(*args) * (value if wrong else 1.0)
+    return loss
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run(value, tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(train, "pll_loss", broken_at(10, value))
+    with pytest.raises(pretrain.Stopped) as stop:
+        train.main(flags_of(["--init", "none"], tmp_path, cache))
+    text, state = str(stop.value), read_state(tmp_path)
+    assert text.startswith(f"loss {value} in process 0 of 1 at step 10, learning rate ")
+    assert text.count("train_0") == 250 and f"{tmp_path / 'last.pt'} is the last good" in text
+    assert stop.value.status == 1 and state["step"] == 8
+    assert all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_both(tmp_path, cache):
+    script = tmp_path / "nan.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import pretrain, train; from test_trust import broken_at\n"
+        "train.pll_loss = broken_at(3, rank=1)\n"
+        f"pretrain.command_line(lambda: train.main("
+        f"{flags_of(['--init', 'none'], tmp_path / 'run', cache)!r}))\n")
+    done = run_script(script, processes=2, status=1)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("stopped: ")]
+    assert lines                     # of one process or of both, as torchrun may end one of them
+    assert all(line.startswith("stopped: loss nan in process 1 of 2 at step 3") for line in lines)
+    assert read_state(tmp_path / "run")["step"] == 0
+
+
+def test_with_fp16_the_scaler_leaves_the_step_out(tmp_path, cache, monkeypatch):
+    """fp16's scaler on the CPU: a loss that is not finite changes no weight, halves the scale."""
+    monkeypatch.setattr(pretrain, "precision", lambda device: torch.float16)
+    monkeypatch.setattr(train, "autocast", lambda run: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr(train, "pll_loss", broken_at(10))
+    seen, update = [], pretrain.update
+
+    def watch(model, optimizer, scaler, loss, clip):
+        before = model.head.weight.detach().clone()
+        update(model, optimizer, scaler, loss, clip)
+        seen.append((model.head.weight.equal(before), scaler.get_scale()))
+
+    monkeypatch.setattr(pretrain, "update", watch)
+    train.main(flags_of(["--init", "none", "--warmup-epochs", "0"], tmp_path, cache))
+    assert [i for i, (still, _) in enumerate(seen) if still] == [10]
+    assert seen[10][1] == seen[9][1] / 2
+    assert read_state(tmp_path)["scaler"]["scale"] == seen[-1][1]
+
+
+def test_losses_and_hog_are_fp32_under_autocast():
+    torch.manual_seed(0)
+    logits, sets = torch.randn(6, 5), torch.eye(5, dtype=torch.bool)[[0, 1, 2, 3, 4, 0]]
+    sets[:, 2] = True
+    soft, q = sets / sets.sum(1, keepdim=True), torch.nn.functional.normalize(torch.randn(6, 8))
+    values = {
+        "hog": lambda x: hog_targets(torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16), 8),
+        "Eq. 2": lambda x: pll_loss(x, soft), "Eq. 3": lambda x: uniform_loss(q, 0.07),
+        "targets": lambda x: target_loss(q[:5], simplex(5, 8)),
+        "Eq. 4": lambda x: top2(soft, x)[0], "rc": lambda x: rc_update(x, sets),
+        "cc": lambda x: cc_loss(x, sets), "lw": lambda x: lw_loss(x, sets, lw_weights(x, sets)),
+        "pico": lambda x: contrastive_loss(q, q, torch.eye(6, dtype=torch.bool))}
+    for name, value in values.items():
+        outside = value(logits)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert value(logits).equal(outside) and outside.dtype == torch.float32, name
+            assert value(logits.bfloat16()).dtype == torch.float32, name
+
+
+def test_deterministic_asks_torch_for_it(tmp_path, cache, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    train.main(flags_of(["--init", "none", "--epochs", "1"], tmp_path / "a", cache))
+    assert asked == []
+    train.main(flags_of(["--init", "none", "--epochs", "1", "--deterministic"], tmp_path / "b",
+                        cache))
+    assert asked == [True] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert read_log(tmp_path / "a") == read_log(tmp_path / "b")
+
+
+@pytest.mark.parametrize("method", ["ours", "pico-vit", "resnet18-pll"])
+def test_every_operation_has_a_deterministic_form(method, tmp_path, cache):
+    """Under the strict switch an operation without one would raise, as far as the CPU can tell."""
+    try:
+        train.main(flags_of(["--init", "none", "--epochs", "1", "--method", method,
+                             "--deterministic"], tmp_path, cache))
+        assert torch.are_deterministic_algorithms_enabled() and read_state(tmp_path)["step"] == 8
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_memory_is_flat_over_200_steps(tmp_path, cache, monkeypatch):
+    used, update = [], pretrain.update
+
+    def watch(*args):
+        update(*args)
+        pages = int(open("/proc/self/statm").read().split()[1])
+        used.append(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
+
+    monkeypatch.setattr(pretrain, "update", watch)
+    train.main([*TINY, "--epochs", "7", "--batch-size", "50", "--init", "none", "--out",
+                str(tmp_path), "--cache", str(cache)])
+    assert len(used) == 280 and max(used[80:]) - used[79] < 10    # megabytes
+
+
+def test_an_epoch_tells_how_long_is_left_and_where_time_goes(trained):
+    import json
+    for line, left in zip((trained / "log.jsonl").read_text().splitlines(), (True, False)):
+        record = json.loads(line)
+        assert record["images_per_second"] > 0 and (record["seconds_left"] > 0) <= left
+        assert 0 < record["data_share"] and 0 < record["target_share"]
+        assert record["data_share"] + record["target_share"] < 1
