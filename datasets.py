@@ -34,7 +34,7 @@ from typing import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -675,17 +675,29 @@ def hold_out(faces, share, seed):
 
 def prepare(images, size, data):
     """uint8 (B, C, S, S) -> normalised (B, 3, size, size); grey becomes three equal channels."""
+    return normalise(resize(images, size), DATA[data])
+
+
+def resize(images, size):
+    """uint8 (B, C, S, S) -> pixels in 0 .. 1, (B, C, size, size)."""
     x = images.float() / 255
-    if x.shape[-1] != size:
-        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True)   # (B, C, size, size)
-    return normalise(x, data)
+    if x.shape[-1] == size:
+        return x
+    return F.interpolate(x, (size, size), mode="bilinear", antialias=True)    # (B, C, size, size)
 
 
-def normalise(x, data):
-    """Pixels (B, C, H, H) in 0 .. 1 -> (x - mean) / std, (B, 3, H, H)."""
-    mean = torch.tensor(DATA[data]["mean"], device=x.device)[:, None, None]
-    std = torch.tensor(DATA[data]["std"], device=x.device)[:, None, None]
+def normalise(x, about):
+    """Pixels (B, C, H, H) in 0 .. 1 -> (x - mean) / std of about (a dict), (B, 3, H, H)."""
+    mean, std = (torch.tensor(about[k], device=x.device)[:, None, None] for k in ("mean", "std"))
     return (x - mean) / std                                        # C = 1 spreads to 3 here
+
+
+def to_picture(x, data):
+    """Undo `normalise`: one image (3, H, H) -> PIL RGB."""
+    std, mean = (torch.tensor(DATA[data][k], device=x.device)[:, None, None] for k in
+                 ("std", "mean"))
+    pixels = (x * std + mean).clamp(0, 1) * 255                    # (3, H, H)
+    return Image.fromarray(pixels.round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 def augment(images, u, size, data, scale=0.5, degrees=0.0, light=0.0, erase=0.0):
@@ -710,7 +722,7 @@ def augment(images, u, size, data, scale=0.5, degrees=0.0, light=0.0, erase=0.0)
     if light:
         gain, offset = 1 + spread(6, light), spread(7, light)      # (B,) each
         x = ((x - 0.5) * gain[:, None, None, None] + 0.5 + offset[:, None, None, None]).clamp(0, 1)
-    x = normalise(x, data)                                         # (B, 3, size, size)
+    x = normalise(x, DATA[data])                                   # (B, 3, size, size)
     if erase:
         share, along = 0.02 + 0.31 * u[:, 8], torch.exp(spread(9, math.log(3.3)))
         at = torch.arange(size, device=x.device)
@@ -727,32 +739,94 @@ def augment(images, u, size, data, scale=0.5, degrees=0.0, light=0.0, erase=0.0)
 
 # ---------------------------------------------------------------------------------------- pictures
 
-def contact_sheet(faces, indices, columns=8, side=96):
-    """A picture of faces with the voted label and each class's votes as a bar: PIL RGB."""
-    classes, height = DATA[faces.data]["classes"], side + 40
-    rows = math.ceil(len(indices) / columns)
-    sheet = Image.new("RGB", (columns * (side + 8), rows * height), "white")
+def contact_sheet(faces, indices, columns=8, side=180):
+    """A picture of faces with the voted label and each class's share of the votes: PIL RGB."""
+    classes, height, gap = DATA[faces.data]["classes"], side + 110, 16
+    rows, font = math.ceil(len(indices) / columns), ImageFont.load_default
+    size = (columns * (side + gap) + gap, rows * height + 60)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for k, i in enumerate(indices):
-        x, y = k % columns * (side + 8) + 4, k // columns * height + 2
+        x, y = k % columns * (side + gap) + gap, k // columns * height + 10
         face = Image.fromarray(faces[[i]][0].permute(1, 2, 0).squeeze().numpy())
         sheet.paste(face.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), (x, y))
-        draw.text((x, y + side), classes[faces.labels[i]], fill="black")
+        draw.text((x, y + side + 2), classes[faces.labels[i]], "firebrick", font(22))
         if faces.votes is not None:
             step, votes = side / len(classes), faces.votes[i] / faces.votes[i].sum()
             for c, v in enumerate(votes.tolist()):
-                box = [x + c * step, y + side + 34 - 20 * v, x + (c + 0.8) * step, y + side + 34]
-                draw.rectangle(box, fill="firebrick" if c == faces.labels[i] else "grey")
+                left, floor = x + c * step, y + side + 80
+                draw.rectangle([left, floor - 48 * v, left + 0.75 * step, floor],
+                               "firebrick" if c == faces.labels[i] else "grey")
+                draw.text((left + 0.37 * step, floor + 4), classes[c][:2], "black", font(13), "mt")
+    draw.text((gap, rows * height + 20), "red: the voted label; bars: share of the votes for " +
+              ", ".join(f"{name[:2]} = {name}" for name in classes), "black", font(20))
     return sheet
 
 
+def statistics(data, found):
+    """What the crowd said of a data set, found: split -> Listing; three charts side by side.
+
+    Faces a class and split; how many classes a face got votes for; the mean share of the votes
+    (column) over the faces of each voted label (row). The last two are of the first split, and need
+    votes.
+    """
+    classes, font = DATA[data]["classes"], ImageFont.load_default
+    split, listed = next(iter(found.items()))
+    sheet = Image.new("RGB", (2000, 200 + 62 * len(classes)), "white")
+    draw = ImageDraw.Draw(sheet)
+    counts = {s: np.bincount(f.labels, minlength=len(classes)) for s, f in found.items()}
+    most = max(c.max() for c in counts.values())
+    draw.text((40, 20), f"{data}: faces of each voted label", "black", font(26))
+    for k, name in enumerate(classes):
+        y = 90 + 62 * k
+        draw.text((160, y + 24), name, "black", font(22), "rm")
+        for j, (s, shade) in enumerate(zip(counts, ("firebrick", "steelblue", "grey"))):
+            length = 330 * counts[s][k] / most
+            draw.rectangle((170, y + 17 * j, 170 + length, y + 17 * j + 13), shade)
+            draw.text((176 + length, y + 17 * j + 7), str(counts[s][k]), "black", font(16), "lm")
+    for j, (s, shade) in enumerate(zip(counts, ("firebrick", "steelblue", "grey"))):
+        draw.text((170 + 130 * j, 110 + 62 * len(classes)), s, shade, font(22))
+    if listed.votes is None:
+        return sheet
+    votes = np.array(listed.votes, float)                                   # (n, K)
+    share = np.bincount((votes > 0).sum(1), minlength=len(classes) + 1) / len(votes)
+    draw.text((660, 20), f"classes with votes, a face ({split})", "black", font(26))
+    for k in range(1, len(classes) + 1):
+        y = 90 + 62 * (k - 1)
+        draw.text((690, y + 24), str(k), "black", font(22), "rm")
+        draw.rectangle((705, y + 4, 705 + 300 * share[k] / share.max(), y + 44), "steelblue")
+        draw.text((712 + 300 * share[k] / share.max(), y + 24), f"{share[k]:.1%}", "black",
+                  font(20), "lm")
+    draw.text((1160, 20), f"mean share of the votes ({split})", "black", font(26))
+    voted = np.eye(len(classes))[listed.labels]                             # (n, K)
+    mean = voted.T @ (votes / votes.sum(1, keepdims=True)) / voted.sum(0)[:, None].clip(1)   # (K, K)
+    draw_matrix(draw, 1320, 90, mean, mean, classes, "{:.0%}")
+    draw.text((1320, 100 + 62 * len(classes)), "row: voted label, column: votes", "black", font(20))
+    return sheet
+
+
+def draw_matrix(draw, x, y, shades, values, names, form, cell=62):
+    """A (K, K) matrix as blue cells from (x, y): shades in 0 .. 1, values written as `form`."""
+    font = ImageFont.load_default
+    for i, name in enumerate(names):
+        draw.text((x - 10, y + cell * (i + 0.5)), name, "black", font(22), "rm")
+        draw.text((x + cell * (i + 0.5), y - 14), name[:5], "black", font(18), "mm")
+        for j, shade in enumerate(shades[i]):
+            left, top, fade = x + cell * j, y + cell * i, int(255 * (1 - shade))
+            draw.rectangle((left, top, left + cell - 2, top + cell - 2), (fade, fade, 255))
+            draw.text((left + cell / 2, top + cell / 2), form.format(values[i][j]),
+                      "white" if shade > 0.5 else "black", font(19), "mm")
+
+
 def check(data, data_dir, convention="argmax", align_by="points"):
-    """What a data set on disk holds, read face by face: (lines of text, list of problems).
+    """What a data set on disk holds, read face by face: (lines of text, problems, listings).
 
     Problems are wrong counts and faces that cannot be read; faces whose pixels stand in another
-    split or twice in one are counted, as FERPlus has some officially.
+    split or twice in one are counted, as FERPlus has some officially. The listings are a dict,
+    split -> (Listing, indices of the faces that can be read).
     """
-    lines, problems, known = [], [], {}          # digest of the pixels -> the split seen first
+    lines, problems, listings = [], [], {}
+    known = {}                                   # digest of the pixels -> the split seen first
     classes, side = DATA[data]["classes"], DATA[data]["side"]
     for split in DATA[data]["counts"]:
         for partial in (False, True):
@@ -772,7 +846,9 @@ def check(data, data_dir, convention="argmax", align_by="points"):
                 problems.append(str(error))
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            digests = [d for d in pool.map(digest, range(len(found.names))) if d]
+            digests = list(pool.map(digest, range(len(found.names))))
+        listings[split] = found, [i for i, d in enumerate(digests) if d]
+        digests = [d for d in digests if d]
         elsewhere = Counter(known[d] for d in digests if d in known)
         known.update((d, split) for d in digests if d not in known)
         counts = Counter(found.labels)
@@ -781,11 +857,11 @@ def check(data, data_dir, convention="argmax", align_by="points"):
         lines += [f"  {len(digests)} faces read, {len(found.names) - len(digests)} unreadable; "
                   f"{len(digests) - len(set(digests))} repeat another one's pixels" + "".join(
                       f"; {n} also stand in {other}" for other, n in elsewhere.items())]
-    return lines, problems
+    return lines, problems, listings
 
 
 def main(argv=None):
-    """Check a data set and draw a contact sheet of one split."""
+    """Check a data set; draw a contact sheet of one split and the statistics of all."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", choices=DATA, default="toy", help="data set (%(default)s)")
@@ -796,20 +872,27 @@ def main(argv=None):
         help="RAF-DB: align by the five points, or take its own aligned images")
     add("--out", help="where the contact sheet goes (runs/DATA-SPLIT.png)")
     args = parser.parse_args(argv)
-    lines, problems = check(args.data, args.data_dir, args.labels, args.align)
+    lines, problems, listings = check(args.data, args.data_dir, args.labels, args.align)
     print("\n".join(lines))
-    if problems:
-        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
-        print("\n".join([f"{len(problems)} problems:", *problems[:20], *more]))
-        sys.exit(1)
-    found = listing(args.data, args.data_dir, args.split, args.labels, align_by=args.align)
-    shown = range(min(64, len(found.names)))             # read these again, not the whole split
-    images = np.stack([found.read(i, DATA[args.data]["side"]) for i in shown])
-    faces = as_faces(found, args.data, args.split, images)
     out = Path(args.out or f"runs/{args.data}-{args.split}.png")
     out.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(faces, shown).save(out)
-    print(f"no problem; contact sheet: {out}")
+    if args.split in listings and listings[args.split][1]:
+        found, readable = listings[args.split]
+        images = [found.read(i, DATA[args.data]["side"]) for i in readable[:64]]
+        faces = as_faces(found, args.data, args.split, np.stack(images))
+        faces.rows = torch.zeros(len(faces), dtype=torch.long)         # where a face's image is
+        faces.rows[readable[:64]] = torch.arange(len(images))
+        contact_sheet(faces, readable[:64]).save(out)
+        print(f"contact sheet: {out}")
+    if listings:
+        chart = out.with_name(f"{args.data}-statistics.png")
+        statistics(args.data, {split: found for split, (found, _) in listings.items()}).save(chart)
+        print(f"statistics: {chart}")
+    if problems:
+        more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
+        print("\n".join([f"problems: {len(problems)}", *problems[:20], *more]))
+        sys.exit(1)
+    print("no problem")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ Run:  python -m pytest tests/test_decoder.py
 """
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 from vit import MLP, initialise
@@ -95,3 +96,44 @@ class LabelDecoder(nn.Module):
             x = layer(x, self.queries, tokens)
         logits = (x * self.weight).sum(dim=-1) + self.bias                # (B, K, d) -> (B, K)
         return (logits, torch.stack(maps, dim=1)) if need_attention else logits
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+def heat(face, attention, pixels):
+    """One attention map (HW,) laid over a PIL face: the redder, the more it is looked at."""
+    side = round(len(attention) ** 0.5)
+    share = attention.reshape(side, side) / attention.max()              # 0 .. 1
+    mask = Image.fromarray((share * 190).byte().numpy())                 # opacity of the red
+    grey = face.convert("L").convert("RGB").resize((pixels, pixels), Image.Resampling.BICUBIC)
+    grey.paste((215, 30, 20), mask=mask.resize((pixels, pixels), Image.Resampling.BICUBIC))
+    return grey
+
+
+def attention_picture(faces, maps, shares, names, titles, pixels=170):
+    """Where each label looks: a row a class, a column a face (Sec. 3.3); PIL RGB.
+
+    faces: list of n PIL images; maps (n, layers, heads, K, HW) of `LabelDecoder`, of which the last
+    layer's mean over heads is shown, each map scaled by its own maximum; shares (n, K): the
+    softmax, written into each cell; titles: n lists of lines above the faces.
+    """
+    left, gap, top = 150, 10, 100 + pixels
+    small, large = ImageFont.load_default(20), ImageFont.load_default(22)
+    size = (left + len(faces) * (pixels + gap), top + len(names) * (pixels + gap))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    maps = maps[:, -1].mean(dim=1).float().cpu()                         # (n, K, HW)
+    for i, face in enumerate(faces):
+        x = left + i * (pixels + gap)
+        draw.multiline_text((x, 8), "\n".join(titles[i]), "black", small, spacing=6)
+        sheet.paste(face.convert("RGB").resize((pixels, pixels), Image.Resampling.BICUBIC), (x, 85))
+        for k, name in enumerate(names):
+            y = top + k * (pixels + gap)
+            sheet.paste(heat(face, maps[i, k], pixels), (x, y))
+            text = f"{shares[i, k].item():.0%}"
+            draw.rectangle((x, y, x + 58, y + 28), "white")
+            draw.text((x + 5, y + 3), text, "firebrick" if shares[i, k] == shares[i].max()
+                      else "black", small)
+            if not i:
+                draw.text((left - 12, y + pixels / 2), name, "black", large, anchor="rm")
+    return sheet

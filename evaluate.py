@@ -13,18 +13,29 @@ Run:  python evaluate.py                                   (the toy's test split
       python evaluate.py runs/train-ferplus --split val --data-dir DIR --json
       python evaluate.py RUN RUN ... --markdown            (a table, runs that differ in the seed
                                                             as one row with mean and deviation)
+      python evaluate.py RUN --image FACE [FACE ...]       (what is on these pictures)
+      python evaluate.py RUN --folder DIR --csv OUT
 """
 import argparse
+import csv
 import json
+import os
 import re
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from tqdm import tqdm
 
-from datasets import DATA, InputError
-from pll import candidates_from_votes
-from pretrain import FREE, command_line, load_checkpoint, load_split, load_weights, say, start
+from datasets import (DATA, InputError, align, draw_matrix, hold_out, normalise, number, read_csv,
+                      read_image, resize, to_array)
+from decoder import attention_picture
+from pll import candidates_from_votes, cosines, simplex
+from pretrain import (FREE, Stopped, autocast, command_line, load_checkpoint, load_split,
+                      load_weights, replace_file, say, start)
 from train import METHODS, accuracies, build_model, parse, predict
 
 
@@ -44,6 +55,8 @@ PAPER = {
     "decoder-uniform": dict(raf=91.64, affectnet7=66.90),
     "decoder-revision": dict(raf=91.89, affectnet7=66.93),
 }
+# What config.json says of a run beside its settings.
+ABOUT = ("command", "commit", "processes", "python", "torch", "torchvision")
 # Columns of the comparison: key of a result, heading, in per cent or not.
 COLUMNS = [("accuracy", "accuracy", True), ("mean_class_accuracy", "mean class", True),
            ("inside_candidate_set", "in set", True), ("vote_nll", "NLL", False),
@@ -53,20 +66,30 @@ COLUMNS = [("accuracy", "accuracy", True), ("mean_class_accuracy", "mean class",
            ("revised_as_true", "as true", True)]
 
 
-def vote_metrics(logits, votes, bins=15):
-    """How well the softmax matches the crowd: (NLL, ECE) against the vote shares; (n, K) each.
+def reliability(logits, votes, bins=15):
+    """Faces by the probability of the predicted class: (count, probability, share), (bins,) each.
 
-    NLL: the mean over faces of -sum of share * log probability, in nats. ECE (Guo et al. 2017, with
-    vote shares for hits): faces are binned by the probability of the predicted class; the mean over
-    faces of |mean probability - mean share of the votes for that class| of their bin.
+    For each bin the number of faces, the sum of these probabilities, and the sum of the shares of
+    the votes that the predicted classes got (Guo et al. 2017, with vote shares for hits).
     """
-    shares = votes / votes.sum(dim=1, keepdim=True)
-    log_zeta = logits.float().log_softmax(dim=1)                           # (n, K)
-    top, predicted = log_zeta.exp().max(dim=1)                             # (n,)
+    shares = votes / votes.sum(dim=1, keepdim=True)                        # (n, K)
+    top, predicted = logits.float().softmax(dim=1).max(dim=1)              # (n,)
     agree = shares.gather(1, predicted[:, None]).squeeze(1)                # (n,)
     where = (top * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins).index_add(0, where, top - agree)              # sums, (bins,)
-    return (-(shares * log_zeta).sum(dim=1).mean().item(), gaps.abs().sum().item() / len(top))
+    add = lambda values: torch.zeros(bins).index_add(0, where, values)     # (bins,)
+    return add(torch.ones_like(top)), add(top), add(agree)
+
+
+def vote_metrics(logits, votes):
+    """How well the softmax matches the crowd: (NLL, ECE) against the vote shares; (n, K) each.
+
+    NLL: the mean over faces of -sum of share * log probability, in nats. ECE: the mean over faces
+    of |mean probability - mean share| of their bin in `reliability`.
+    """
+    shares = votes / votes.sum(dim=1, keepdim=True)
+    _, probability, share = reliability(logits, votes)
+    return (-(shares * logits.float().log_softmax(dim=1)).sum(dim=1).mean().item(),
+            (probability - share).abs().sum().item() / len(logits))
 
 
 def not_in(faces, others):
@@ -141,8 +164,13 @@ def as_text(result, classes):
     return "\n".join(lines)
 
 
+def folder_of(path):
+    """The folder of a run that is named by it or by its checkpoint."""
+    return Path(path) if Path(path).is_dir() else Path(path).parent
+
+
 def load_run(path, overrides):
-    """A trained model, its `Run` and its last epoch's log; path is a run folder or a checkpoint."""
+    """A trained model, its `Run` and its checkpoint; path is a run folder or a checkpoint."""
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
     if not path.exists():
@@ -156,12 +184,22 @@ def load_run(path, overrides):
     run = start(config)
     model = build_model(config)
     load_weights(model, state["model"], path)
-    return model.to(run.device), run, state["log"][-1]
+    return model.to(run.device).eval(), run, state
 
 
 def evaluate(path, split, overrides):
-    """One run on one split: (result as a dict, its settings, its faces)."""
-    model, run, last = load_run(path, overrides)
+    """One run on one split: (result as a dict, its settings, log, and a function for pictures).
+
+    The result is kept as SPLIT.json in the run's folder. A folder without weights (published
+    results) is taken at that file's word.
+    """
+    folder = folder_of(path)
+    kept = folder / f"{split}.json"
+    if kept.exists() and not (folder / "last.pt").exists():
+        config = json.loads((folder / "config.json").read_text())
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        return json.loads(kept.read_text()), config, log, None
+    model, run, state = load_run(path, overrides)
     data, classes = run.config["data"], DATA[run.config["data"]]["classes"]
     faces, new = load_split(run, split), None
     if data == "ferplus":                        # some images stand in Training too
@@ -169,15 +207,20 @@ def evaluate(path, split, overrides):
     begin = time.time()
     logits = predict(run, model, faces).cpu()                              # (n, K)
     speed = round(len(faces) / (time.time() - begin), 1)
+    last = state["log"][-1]
     result = {"run": str(path), "data": data, "split": split, "epoch": last["epoch"],
-              "images_per_second": speed, **measure(logits, faces, classes, new),
+              "images_per_second": speed, "notes": faces.notes,
+              **measure(logits, faces, classes, new),
               **{k: v for k, v in last.items() if k.startswith("revised")}}
-    return result, run, faces
+    if run.rank == 0:
+        text = json.dumps(result, indent=1) + "\n"
+        replace_file(kept, lambda file: file.write(text.encode()))
+    return result, run.config, state["log"], lambda: pictures(run, model, state, faces, logits)
 
 
 def comparable(config):
     """A run's settings without its place and its seed, which may stand in the path of --init."""
-    same = {k: v for k, v in config.items() if k not in FREE + ("seed",)}
+    same = {k: v for k, v in config.items() if k not in FREE + ABOUT + ("seed",)}
     same["init"] = re.sub(r"[-_/]?(seed)?\d+", "", str(config["init"]))
     return same
 
@@ -227,8 +270,295 @@ def comparison(results, markdown):
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
 
 
+# ---------------------------------------------------------------------------------------- pictures
+
+COLOURS = ("firebrick", "steelblue", "seagreen", "darkorange", "purple", "black", "deeppink",
+           "teal")
+
+
+def chart(draw, x, y, title, series, width=860, height=460):
+    """A line chart in a box from (x, y); series: [(name, colour, values of epoch 1, 2, ...)]."""
+    font, flat = ImageFont.load_default, [v for _, _, values in series for v in values]
+    low, high, epochs = min(flat), max(flat), max(len(values) for _, _, values in series)
+    low, high = low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-6
+    place = lambda k, v: (x + 90 + (width - 110) * k / max(epochs - 1, 1),
+                          y + 50 + (height - 100) * (high - v) / (high - low))
+    draw.text((x, y), title, "black", font(26))
+    for i in range(5):
+        value = low + (high - low) * i / 4
+        draw.line((*place(0, value), *place(epochs - 1, value)), "gainsboro", 2)
+        draw.text((x + 80, place(0, value)[1]), f"{value:.2f}", "black", font(20), "rm")
+    for epoch in sorted({round(1 + (epochs - 1) * i / 4) for i in range(5)}):
+        draw.text((place(epoch - 1, low)[0], y + height - 42), str(epoch), "black", font(20), "mt")
+    draw.text((x + width / 2, y + height - 16), "epoch", "black", font(20), "mt")
+    for k, (name, colour, values) in enumerate(series):
+        points = [place(i, v) for i, v in enumerate(values)]
+        draw.line([p for point in points for p in point], colour, 4, "curve")
+        for px, py in points:
+            draw.ellipse((px - 4, py - 4, px + 4, py + 4), colour)
+        draw.text((x + 90, y + height + 16 + 28 * k), name, colour, font(22))
+
+
+def curves(logs):
+    """Losses and accuracies against epochs; logs: [(name of a run, its log)]: PIL RGB.
+
+    One run: Eq. (2) and its trivial answer, training and validation. Several: a colour a run.
+    """
+    accuracy = "val_accuracy" if all("val_accuracy" in log[0] for _, log in logs) else \
+        "train_accuracy"
+    of = lambda log, key: [record[key] for record in log]
+    left, right = ([(name, COLOURS[k % len(COLOURS)], of(log, key)) for k, (name, log) in
+                    enumerate(logs)] for key in ("pll", accuracy))
+    if len(logs) == 1:
+        log = logs[0][1]
+        left = [("the loss of the labels (pll)", COLOURS[0], of(log, "pll")),
+                ("the trivial answer", COLOURS[1], of(log, "trivial"))]
+        right = [(key.replace("_", " "), COLOURS[k], of(log, key)) for k, key in enumerate(
+            ("train_accuracy", "val_accuracy", "val_mean_class")) if key in log[0]]
+    sheet = Image.new("RGB", (1800, 520 + 28 * max(len(left), len(right)) + 20), "white")
+    draw = ImageDraw.Draw(sheet)
+    chart(draw, 20, 20, "loss of the labels", left)
+    chart(draw, 920, 20, "accuracy" if len(logs) == 1 else accuracy.replace("_", " "), right)
+    return sheet
+
+
+def confusion_picture(result, classes):
+    """The confusion matrix, a row's shares as shades: PIL RGB."""
+    counts = np.array(result["confusion"])                                 # (K, K)
+    sheet = Image.new("RGB", (260 + 76 * len(classes), 150 + 76 * len(classes)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default
+    draw.text((20, 14), f"accuracy {result['accuracy']:.1%}, mean class "
+              f"{result['mean_class_accuracy']:.1%}", "black", font(26))
+    draw_matrix(draw, 170, 90, counts / counts.sum(1, keepdims=True).clip(1), counts, classes, "{}",
+                76)
+    draw.text((170, 100 + 76 * len(classes)), "row: voted label, column: prediction", "black",
+              font(20))
+    return sheet
+
+
+def reliability_picture(logits, votes):
+    """How often the crowd agrees with predictions of a given probability: PIL RGB."""
+    count, probability, share = reliability(logits, votes)
+    sheet = Image.new("RGB", (760, 860), "white")
+    draw, font, side = ImageDraw.Draw(sheet), ImageFont.load_default, 600
+    draw.text((20, 14), f"reliability, ECE {vote_metrics(logits, votes)[1]:.1%}", "black", font(26))
+    place = lambda p, s: (110 + side * p, 70 + side * (1 - s))
+    for i in range(6):
+        draw.line((*place(0, i / 5), *place(1, i / 5)), "gainsboro", 2)
+        draw.text((100, place(0, i / 5)[1]), f"{i / 5:.1f}", "black", font(20), "rm")
+        draw.text((place(i / 5, 0)[0], 80 + side), f"{i / 5:.1f}", "black", font(20), "mt")
+    for n, p, s in zip(count.tolist(), probability.tolist(), share.tolist()):
+        if n:
+            x, y = place(p / n, s / n)
+            size = 4 + 40 * (n / count.sum().item()) ** 0.5
+            draw.rectangle((x - 9, y, x + 9, 70 + side), "lightsteelblue")
+            draw.ellipse((x - size / 2, y - size / 2, x + size / 2, y + size / 2), "steelblue")
+    draw.line((*place(0, 0), *place(1, 1)), "firebrick", 3)
+    draw.multiline_text((110, 120 + side), "across: probability of the predicted class\nup: share "
+                        "of the votes for it; area of a dot: faces\nred: what is believed is what "
+                        "the crowd says", "black", font(20), spacing=8)
+    return sheet
+
+
+def disambiguation(faces, candidates, confidence, predicted, classes, columns=6, side=200):
+    """Fig. 4: face, voted label, candidates with the ones that C gave up struck through: PIL RGB.
+
+    Of the given faces (n <= 18 look best); candidates, confidence (n, K), predicted (n,).
+    """
+    height, width, font = side + 70 + 30 * len(classes), side + 60, ImageFont.load_default
+    rows = -(-len(faces) // columns)
+    sheet = Image.new("RGB", (columns * width + 20, rows * height + 20), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i in range(len(faces)):
+        x, y = 20 + i % columns * width, 20 + i // columns * height
+        face = Image.fromarray(faces[[i]][0].permute(1, 2, 0).squeeze().numpy()).convert("RGB")
+        sheet.paste(face.resize((side, side), Image.Resampling.BICUBIC), (x, y))
+        draw.rectangle((x, y + side, x + side - 1, y + side + 30), "gainsboro")
+        draw.text((x + 8, y + side + 4), f"voted: {classes[faces.labels[i]]}", "black", font(20))
+        for row, k in enumerate(candidates[i].nonzero().flatten().tolist()):
+            at, given_up = y + side + 36 + 28 * row, confidence[i, k] == 0
+            draw.rectangle((x, at, x + side - 1, at + 26), "lightsteelblue")
+            draw.text((x + 8, at + 2), classes[k], "grey" if given_up else "black", font(20))
+            if given_up:
+                end = x + 10 + draw.textlength(classes[k], font(20))
+                draw.line((x + 6, at + 15, end, at + 15), "firebrick", 3)
+        at = y + side + 38 + 28 * int(candidates[i].sum())
+        draw.text((x + 8, at), f"predicted: {classes[predicted[i]]}", "darkgreen", font(20))
+    return sheet
+
+
+@torch.no_grad()
+def attention_of(model, run, images, names, titles, about):
+    """Attention picture of images uint8 (n, C, S, S) and their logits: (PIL RGB, (n, K))."""
+    x = normalise(resize(images.to(run.device), run.config["image_size"]), about)
+    with autocast(run):
+        tokens = model.encoder(x)[:, 1:]                                   # (n, HW, d)
+        logits, maps = model.head(tokens, need_attention=True)             # (n, K), (n, ., ., K, HW)
+    shown = [Image.fromarray(f.permute(1, 2, 0).squeeze().numpy()) for f in images]
+    return attention_picture(shown, maps, logits.float().softmax(1).cpu(), names, titles)
+
+
+def pictures(run, model, state, faces, logits):
+    """All pictures of a run and a split: {file name: PIL RGB}."""
+    classes, c = state["classes"], run.config
+    result = measure(logits, faces, classes)
+    made = {f"confusion-{faces.split}": confusion_picture(result, classes),
+            "curves": curves([("", state["log"])])}
+    if faces.votes is not None:
+        made[f"reliability-{faces.split}"] = reliability_picture(logits, faces.votes)
+    if c["head"] == "decoder":
+        first = [(faces.labels == k).nonzero()[0].item() for k in range(len(classes))
+                 if (faces.labels == k).any()]
+        titles = [[f"voted {classes[faces.labels[i]]}", f"said {classes[logits[i].argmax()]}"]
+                  for i in first]
+        made[f"attention-{faces.split}"] = attention_of(model, run, faces[first], classes, titles,
+                                                        state)
+        torch.manual_seed(c["seed"])                     # as train.main began
+        before = build_model(c).head.queries.detach()
+        after = model.head.queries.detach().cpu()
+        made["queries"] = cosines([("before", before), ("after", after),
+                                   ("simplex", simplex(*after.shape))], classes)
+    if c["revise"]:
+        made["disambiguation"] = disambiguated(run, model, state)
+    return made
+
+
+def disambiguated(run, model, state):
+    """Fig. 4 of the first 18 training faces with three candidates or more; none is chosen."""
+    faces = load_split(run, "train")
+    if run.config["val"]:
+        faces, _ = hold_out(faces, run.config["val"], run.config["seed"])
+    rows = (state["candidates"].sum(dim=1) >= 3).nonzero().flatten()[:18]
+    shown = faces.subset(rows)
+    predicted = predict(run, model, shown).argmax(dim=1).cpu()
+    return disambiguation(shown, state["candidates"][rows], state["confidence"][rows], predicted,
+                          state["classes"])
+
+
+def save_pictures(folder, made):
+    """Write {name: PIL} as PNG files into a folder, by the first process; returns what to tell."""
+    for name, picture in made.items() if int(os.environ.get("RANK", 0)) == 0 else ():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
+        replace_file(folder / f"{name}.png", lambda file: picture.save(file, "png"))
+    return f"pictures: {folder} ({', '.join(made)})"
+
+
+# ------------------------------------------------------------------------------- faces of your own
+
+def read_landmarks(path):
+    """Five points a picture from a csv file: image, x1, y1, ... x5, y5 -> {name: (5, 2)}.
+
+    In pixels, in the order left eye, right eye, nose tip, left and right corner of the mouth, as
+    seen in the picture.
+    """
+    columns = [f"{axis}{i}" for i in range(1, 6) for axis in "xy"]
+    return {row["image"]: np.array([number(row[k], f"{path}, row {line}", -1e6, whole=False)
+                                    for k in columns]).reshape(5, 2)
+            for line, row in read_csv(Path(path), ["image"] + columns)}
+
+
+def read_face(path, about, side, landmarks):
+    """A picture file as the model's input, uint8 (C, side, side): aligned, or its middle square."""
+    image = read_image(path, about["channels"])
+    if landmarks is None:
+        return to_array(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC), side)
+    points = landmarks.get(str(path), landmarks.get(path.name))
+    if points is None:
+        raise InputError(f"{path}: not in the file of --landmarks; add a row")
+    return to_array(align(image, points, side), side)
+
+
+def recognise(run, model, state, paths, landmarks, batch_size=64):
+    """Yield (path, probabilities (K,) or None, image or None) for picture files, in batches.
+
+    A file that cannot be read is told on stderr and yields None. Names of the classes, size, mean
+    and deviation are the checkpoint's.
+    """
+    c = run.config
+    side = min(c["image_size"], DATA[c["data"]]["side"])
+    bar = tqdm(total=len(paths), leave=False, disable=not sys.stderr.isatty())
+    for i in range(0, len(paths), batch_size):
+        read = {}
+        for path in paths[i:i + batch_size]:
+            try:
+                read[path] = torch.from_numpy(read_face(path, DATA[c["data"]], side,
+                                                        landmarks).copy())
+            except InputError as error:
+                tqdm.write(f"error: {error}", file=sys.stderr)
+        if read:
+            x = torch.stack(list(read.values())).to(run.device)            # (b, C, S, S)
+            with torch.no_grad(), autocast(run):
+                output = model(normalise(resize(x, c["image_size"]), state))
+            output = output[0] if isinstance(output, tuple) else output
+            shares = dict(zip(read, output.float().softmax(dim=1).cpu()))  # path -> (K,)
+        for path in paths[i:i + batch_size]:
+            yield (path, shares[path], read[path]) if path in read else (path, None, None)
+            bar.update()
+    bar.close()
+
+
+def guessed_set(shares, classes):
+    """The candidate set the model would give: the labels that one of ten people would choose."""
+    return [name for name, share in zip(classes, shares.tolist()) if share >= 0.1]
+
+
+def recognise_files(args, overrides):
+    """The command lines --image and --folder; status 1 at the end if a file could not be read."""
+    model, run, state = load_run(args.runs[0], overrides)
+    classes = state["classes"]
+    if args.folder:
+        if not Path(args.folder).is_dir():
+            raise InputError(f"--folder {args.folder}: no such folder")
+        kinds = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+        paths = sorted(p for p in Path(args.folder).rglob("*") if p.suffix.lower() in kinds)
+        if not paths:
+            raise InputError(f"--folder {args.folder}: holds no picture ({', '.join(kinds)})")
+    else:
+        paths = [Path(p) for p in args.image]
+    landmarks = read_landmarks(args.landmarks) if args.landmarks else None
+    rows, shown = [], []
+    for path, shares, image in recognise(run, model, state, paths, landmarks):
+        if shares is None:
+            continue
+        label, chosen = classes[shares.argmax()], guessed_set(shares, classes)
+        rows.append([path, label, " ".join(chosen), *(f"{v:.4f}" for v in shares.tolist())])
+        if args.image:
+            shown += [(path, image, label)][:8 - len(shown)]
+            order = shares.argsort(descending=True).tolist()
+            say(run, f"{path}\n" + "\n".join(
+                f"  {classes[k]:10s} {shares[k]:6.1%} {'#' * round(40 * shares[k].item())}"
+                for k in order) + f"\n  candidate set: {', '.join(chosen)}")
+    if args.csv or args.folder:
+        write_rows(args.csv, ["image", "label", "candidates", *classes], rows)
+    if shown and run.config["head"] == "decoder":
+        picture = attention_of(model, run, torch.stack([image for _, image, _ in shown]), classes,
+                               [[path.name[:16], f"said {label}"] for path, _, label in shown],
+                               state)
+        say(run, save_pictures(folder_of(args.runs[0]) / "pictures",
+                               {"attention-of-images": picture}))
+    if len(rows) < len(paths):
+        raise Stopped(f"{len(paths) - len(rows)} of {len(paths)} pictures could not be read")
+
+
+def write_rows(path, header, rows):
+    """A csv file, or stdout for want of a path."""
+    if not path:
+        csv.writer(sys.stdout, lineterminator="\n").writerows([header, *rows])
+        return
+    try:
+        with open(path, "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
+    except OSError as error:
+        raise InputError(f"--csv {path}: cannot be written ({error.strerror})") from None
+
+
+# ----------------------------------------------------------------------------------------- the file
+
 def main(argv=None):
-    """Evaluate one run, or compare several."""
+    """Evaluate one run, compare several, or recognise faces in picture files."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("runs", nargs="*", default=["runs/train-toy"], help="run folders (%(default)s)")
@@ -237,22 +567,34 @@ def main(argv=None):
     add("--device", help="cuda, cpu, ... (cuda if there is one)")
     add("--json", action="store_true", help="print one JSON object a run")
     add("--markdown", action="store_true", help="print the comparison as a Markdown table")
+    add("--image", nargs="+", help="recognise faces: picture files")
+    add("--folder", help="recognise faces: all pictures below a folder")
+    add("--csv", help="write what was recognised to this file (--folder: else to stdout)")
+    add("--landmarks", help="align them: csv of image, x1, y1, ... x5, y5 (eyes, nose, mouth)")
     args = parser.parse_args(argv)
     overrides = {"device": args.device, "deterministic": False}
     if args.data_dir:
         overrides["data_dir"] = args.data_dir
-    results = []
+    if args.image or args.folder:
+        return recognise_files(args, overrides)
+    results, logs = [], []
+    tell = print if int(os.environ.get("RANK", 0)) == 0 else lambda text: None
     for path in args.runs:
-        result, run, faces = evaluate(path, args.split, overrides)
-        results.append((result, run.config))
+        result, config, log, draw = evaluate(path, args.split, overrides)
+        results.append((result, config))
+        logs.append((path, log))
         if args.json:
-            say(run, json.dumps(result))
+            tell(json.dumps(result))
         elif len(args.runs) == 1 and not args.markdown:
-            say(run, f"{path}, epoch {result['epoch']}, {result['data']} {args.split} split")
+            tell(f"{path}, epoch {result['epoch']}, {result['data']} {args.split} split")
             classes = DATA[result["data"]]["classes"]
-            say(run, "\n".join(faces.notes) + "\n\n" + as_text(result, classes))
+            tell("\n".join(result["notes"]) + "\n\n" + as_text(result, classes))
+            if draw:
+                tell("\n" + save_pictures(folder_of(path) / "pictures", draw()))
     if not args.json and (len(args.runs) > 1 or args.markdown):
-        say(run, "\n".join(comparison(results, args.markdown)))
+        tell("\n".join(comparison(results, args.markdown)))
+        if len(args.runs) > 1:
+            tell(save_pictures(Path("runs/pictures"), {"curves": curves(logs)}))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,19 @@ pixels, every cell normalised by its own length, no blocks.
 With the paper's sizes:  224 pixels -> 28 x 28 cells -> 2 x 2 cells in each of 14 x 14 patches
                          -> 196 targets of 3 * 9 * 2 * 2 = 108 numbers.
 
-Run:  python -m pytest tests/test_hog.py
+Run:  python hog.py [--image FACE] [--out runs/hog.png]   (a picture: face, gradient, histograms)
+      python -m pytest tests/test_hog.py
 """
+import argparse
+import colorsys
 import math
+import sys
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 
 BINS = 9  # orientations of 20 degrees each
 
@@ -115,3 +122,97 @@ def hog_targets(images, patch_size=16, binning="hard"):
     """
     with torch.no_grad():
         return to_patches(hog(images, patch_size // 2, binning), 2)     # (B, N, 108) for RGB
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+def edge(b, length):
+    """End points, from the middle, of the edge that votes for bin b: across the gradient."""
+    theta = (b + 0.5) * math.pi / BINS                      # atan2(gx, gy) at the bin's centre
+    return length * math.cos(theta), -length * math.sin(theta)
+
+
+def colour(b):
+    """A colour for each orientation, dark enough for a white ground: (red, green, blue)."""
+    return tuple(int(200 * v) for v in colorsys.hsv_to_rgb(b / BINS, 1.0, 1.0))
+
+
+def glyphs(histograms, pixels=24):
+    """Draw HOG: histograms (C, 9, h, w) -> PIL RGB, w*pixels x h*pixels.
+
+    A cell is a bundle of nine strokes along the edges; the more votes, the more opaque a stroke.
+    Channels are averaged.
+    """
+    votes = histograms.mean(dim=0)                                      # (9, h, w)
+    _, height, width = votes.shape
+    picture = Image.new("RGB", (width * pixels, height * pixels), "white")
+    draw = ImageDraw.Draw(picture)
+    for b, row, column in (votes > 0.15).nonzero().tolist():            # weaker ones only blur
+        x, y, share = (column + 0.5) * pixels, (row + 0.5) * pixels, votes[b, row, column].item()
+        dx, dy = edge(b, 0.46 * pixels)
+        fill = tuple(int(255 - min(share, 1) * (255 - c)) for c in colour(b))
+        draw.line((x - dx, y - dy, x + dx, y + dy), fill, max(pixels // 8, 1))
+    return picture
+
+
+def figure(image, cell=8, side=224, zoom=3):
+    """Face, gradient and histograms of a PIL image beside each other, with a legend: PIL RGB."""
+    image = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.asarray(image) / 255).permute(2, 0, 1)[None]      # (1, 3, S, S)
+    magnitude, _ = magnitude_and_angle(*gradients(pixels.float()))
+    strength = magnitude.mean(dim=1)[0]                                 # (S, S)
+    ink = 255 - (255 * (strength / strength.max()) ** 0.5).byte().numpy()
+    big, gap, top = side * zoom, 30, 60
+    panels = [image, Image.fromarray(ink).convert("RGB"),
+              glyphs(hog(pixels, cell)[0], cell * zoom)]
+    titles = ["face", "length of the gradient (square root)", f"HOG, cells of {cell} x {cell} pixels"]
+    sheet = Image.new("RGB", (3 * big + 4 * gap, big + top + 110), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(30)
+    for k, (panel, title) in enumerate(zip(panels, titles)):
+        x = gap + k * (big + gap)
+        sheet.paste(panel.resize((big, big), Image.Resampling.NEAREST), (x, top))
+        draw.rectangle((x - 1, top - 1, x + big, top + big), outline="silver")
+        draw.text((x, top - 12), title, "black", font, anchor="ls")
+    y = top + big + 55
+    draw.text((gap, y), "edge for which a bin votes:", "black", font, anchor="lm")
+    for b in range(BINS):
+        x = gap + 520 + b * 140
+        dx, dy = edge(b, 34)
+        draw.line((x - dx, y - dy, x + dx, y + dy), colour(b), 6)
+        draw.text((x + 44, y), str(b), "black", font, anchor="lm")
+    return sheet
+
+
+def drawn_face(side=448):
+    """A plain face with curved, straight, thin and broad edges, for want of an image: PIL RGB."""
+    image = Image.new("RGB", (side, side), (205, 215, 225))
+    draw, at = ImageDraw.Draw(image), lambda *shares: [round(v * side) for v in shares]
+    draw.ellipse(at(0.16, 0.06, 0.84, 0.96), (236, 196, 164), (90, 60, 45), 4)
+    for x in (0.35, 0.65):
+        draw.ellipse(at(x - 0.09, 0.36, x + 0.09, 0.48), "white", (60, 40, 35), 4)
+        draw.ellipse(at(x - 0.04, 0.38, x + 0.04, 0.46), (60, 40, 35))
+        draw.line(at(x - 0.11, 0.30 + 0.02 * (x < 0.5), x + 0.11, 0.30 + 0.02 * (x > 0.5)),
+                  (70, 45, 35), 14)
+    draw.line(at(0.5, 0.46, 0.46, 0.62, 0.53, 0.63), (150, 105, 85), 6)
+    draw.chord(at(0.33, 0.60, 0.67, 0.84), 20, 160, (150, 50, 55), (90, 30, 35), 4)
+    return image
+
+
+def main(argv=None):
+    """Draw the HOG of an image file, or of a drawn face."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--image", help="a picture of a face, cropped (a drawn one)")
+    parser.add_argument("--out", default="runs/hog.png", help="the picture (%(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        image = Image.open(args.image).convert("RGB") if args.image else drawn_face()
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        figure(image).save(args.out)
+    except (OSError, ValueError) as error:
+        sys.exit(print(f"error: {error}; give --image a picture and --out a path ending in .png",
+                       file=sys.stderr) or 2)
+    print(f"HOG: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

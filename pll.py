@@ -13,12 +13,17 @@ Pure functions over a batch; train.py keeps C.
     tau        tau                      temperature of Eq. (3)
     threshold  threshold   in [0, 1)    smallest lead of the first label over the second in Eq. (5)
 
-Run:  python -m pytest tests/test_pll.py
+Run:  python pll.py [--out runs/pll.png]    (a picture: the story of one sample's confidence)
+      python -m pytest tests/test_pll.py tests/test_equations.py
 """
+import argparse
 import math
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 
 
 # ---------------------------------------------------------------------------------- candidate sets
@@ -242,3 +247,128 @@ def contrastive_loss(queries, keys, positive, tau=0.07):
         log_share = (queries.float() @ keys.float().T / tau).log_softmax(dim=1)   # (B, M)
     count = positive.sum(dim=1).clamp(min=1)                              # (B,)
     return -((log_share * positive).sum(dim=1) / count).mean()
+
+
+# ---------------------------------------------------------------------------------------- pictures
+
+BLUE, GREY, RED = (60, 110, 180), (175, 175, 175), (200, 50, 40)
+
+
+def bars(draw, x, y, title, values, names, chosen=(), note=""):
+    """A small chart of one row, values (K,) in 0 .. 1, in 440 x 420 pixels from (x, y)."""
+    small, large = ImageFont.load_default(21), ImageFont.load_default(25)
+    draw.text((x, y), title, "black", large)
+    for j, (name, value) in enumerate(zip(names, values)):
+        top = y + 50 + 40 * j
+        draw.text((x + 100, top + 13), name, "black", small, anchor="rm")
+        draw.rectangle((x + 110, top, x + 110 + 220 * value, top + 26),
+                       RED if j in chosen else BLUE if value else GREY)
+        draw.text((x + 118 + 220 * value, top + 13), f"{value:.2f}".rstrip("0").rstrip("."),
+                  "black", small, anchor="lm")
+    draw.multiline_text((x, y + 60 + 40 * len(names)), note, "black", small, spacing=8)
+
+
+def story(threshold=0.1):
+    """One sample from its votes to a single label, then the bound of the threshold: PIL RGB."""
+    names = ["surprise", "fear", "neutral", "anger", "sadness", "happy", "disgust"]
+    votes = torch.tensor([[4.0, 5, 1, 0, 0, 0, 0]])
+    candidates = candidates_from_votes(votes)
+    start = initial_confidence(candidates)
+    early = torch.tensor([[0.2, 0.5, -0.4, 0.3, -1, -2, -1]])           # logits of two visits
+    late = torch.tensor([[-0.4, 2.2, -2.0, 0.6, -1, -4, -2]])
+    sheet = Image.new("RGB", (1920, 1420), "white")
+    draw, small = ImageDraw.Draw(sheet), ImageFont.load_default(21)
+    bars(draw, 40, 40, "Ten people vote", (votes / 10)[0].tolist(), names, (),
+         "fear has the most votes;\nvoting would keep it alone")
+    bars(draw, 500, 40, "Candidate set Y (Sec. 3.1)", candidates[0].float().tolist(), names, (),
+         "every label with a vote may be the\ntrue one")
+    bars(draw, 960, 40, "Start: C = Y / |Y|", start[0].tolist(), names, (),
+         "each of the three is believed alike")
+    for k, (when, logits) in enumerate((("An early visit", early), ("A later visit", late))):
+        v1, v2, id1 = (v.item() for v in top2(start, logits))           # Eq. (4)
+        after = revise(start, logits, threshold)                        # Eq. (5)
+        fires = v1 - v2 > threshold
+        phi, x, y = torch.sigmoid(logits), 40, 500 + 450 * k
+        bars(draw, x, y, f"{when}: phi = sigmoid(logits)", phi[0].tolist(), names, (),
+             "the response of each label query")
+        bars(draw, x + 460, y, "phi * C, Eq. (4)", (phi * start)[0].tolist(), names, (id1,),
+             f"v1 - v2 = {v1:.3f} - {v2:.3f} = {v1 - v2:.3f}\n" +
+             (f"more than {threshold}: revise" if fires else f"not more than {threshold}: keep"))
+        bars(draw, x + 920, y, "C afterwards, Eq. (5)", after[0].tolist(), names,
+             (id1,) if fires else (), "one label for good: a one-hot row\ncan only become itself"
+             if fires else "as it was")
+    draw.text((1440, 40), "At each visit", "black", ImageFont.load_default(25))
+    draw.multiline_text((1440, 100), "Eq. (4) takes the two largest of phi * C.\nEq. (5) makes the "
+                        "first the only label if it\nleads by more than the threshold.\n\nanger, "
+                        "outside the set, has C = 0:\nhowever large its phi, it cannot win.",
+                        "black", small, spacing=10)
+    bound(draw, 1440, 500, threshold)
+    return sheet
+
+
+def bound(draw, x, y, threshold):
+    """Chart of the largest possible lead 1/|Y| against the size of the set, in 450 x 760 pixels."""
+    small, large, height = ImageFont.load_default(21), ImageFont.load_default(25), 540
+    draw.text((x, y), "The largest lead there can be", "black", large)
+    place = lambda size, value: (x + 20 + 48 * (size - 2), y + 70 + height * (1 - value / 0.55))
+    for size in range(2, 9):
+        lead = largest_lead(initial_confidence(torch.ones(1, size))).item()     # 1/|Y|
+        a, b = place(size, lead)
+        draw.rectangle((a - 14, b, a + 14, y + 70 + height), BLUE)
+        draw.text((a, b - 14), f"1/{size}", "black", small, anchor="mm")
+        draw.text((a, y + 90 + height), str(size), "black", small, anchor="mm")
+    for value in (0.5, threshold):
+        draw.line((*place(1.6, value), *place(8.4, value)), RED, 3)
+        draw.multiline_text((place(8.5, value)[0], place(8, value)[1]), f"threshold\n{value:g}",
+                            RED, small, anchor="lm")
+    draw.multiline_text((x, y + 125 + height), "candidates |Y|\n\nAs phi <= 1, v1 - v2 <= 1/|Y|: a "
+                        "threshold\nof 1/2 or more never fires from this start.", "black", small,
+                        spacing=8)
+
+
+def cosines(pairs, names, pixels=76):
+    """Cosine matrices of label queries beside each other: [(title, (K, d))] -> PIL RGB.
+
+    Blue is -1, white 0 and red 1; Eq. (3) is least where all are -1/(K-1) off the diagonal.
+    """
+    classes, left, top, gap = len(names), 140, 90, 40
+    small, large = ImageFont.load_default(21), ImageFont.load_default(25)
+    width = classes * pixels
+    sheet = Image.new("RGB", (left + len(pairs) * (width + gap), top + width + 60), "white")
+    draw = ImageDraw.Draw(sheet)
+    for k, (title, queries) in enumerate(pairs):
+        t = F.normalize(queries.float(), dim=1)                           # (K, d)
+        x0 = left + k * (width + gap)
+        draw.text((x0, 20), f"{title}: Eq. (3) = {uniform_loss(queries, 0.25).item():.3f}", "black",
+                  large)
+        for i, row in enumerate((t @ t.T).tolist()):                      # (K, K)
+            if not k:
+                draw.text((left - 10, top + (i + 0.5) * pixels), names[i], "black", small,
+                          anchor="rm")
+            draw.text((x0 + (i + 0.5) * pixels, top - 14), names[i][:5], "black", small,
+                      anchor="mm")
+            for j, value in enumerate(row):
+                fade = int(255 * (1 - min(abs(value), 1)))
+                x, y = x0 + j * pixels, top + i * pixels
+                draw.rectangle((x, y, x + pixels - 2, y + pixels - 2),
+                               (255, fade, fade) if value > 0 else (fade, fade, 255))
+                draw.text((x + pixels / 2, y + pixels / 2), f"{value:.2f}", "white" if fade < 90
+                          else "black", small, anchor="mm")
+    return sheet
+
+
+def main(argv=None):
+    """Draw the story of one sample's confidence."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", default="runs/pll.png", help="the picture (%(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        story().save(args.out)
+    except (OSError, ValueError) as error:
+        sys.exit(print(f"error: --out: {error}; give a path ending in .png", file=sys.stderr) or 2)
+    print(f"the story of one sample's confidence: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -35,14 +35,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets import DATA, InputError, augment, load_faces
-from hog import hog_targets
-from vit import Block, ViT, initialise, patchify, wave_positions
+from datasets import DATA, InputError, augment, load_faces, prepare, to_picture
+from hog import from_patches, glyphs, hog_targets
+from vit import Block, ViT, initialise, patchify, unpatchify, wave_positions
 
 # setting: (paper, laptop, smallest, largest, meaning), or for a choice: (paper, laptop, choices,
 # None, meaning). Every one is a flag of the same name.
@@ -67,6 +68,7 @@ SETTINGS = {
     "weight_decay": (0.05, 0.05, 0.0, 10.0, "weight decay of AdamW (none on 1-D parameters)"),
     "clip": (0.02, 0.02, 1e-6, 1e9, "largest norm of the gradient"),
     "crop_scale": (0.5, 0.5, 0.01, 1.0, "smallest area of a random crop"),
+    "picture_every": (50, 4, 1, 100_000, "epochs from one picture of the predictions to the next"),
 }
 
 
@@ -388,6 +390,9 @@ def command_line(main):
     except KeyboardInterrupt:
         print("interrupted at once; --resume goes on from the last checkpoint", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:                              # as in `... | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -501,7 +506,7 @@ def load_weights(model, weights, where):
 
 
 # Settings that may differ when a run is resumed: they do not change what is computed.
-FREE = ("resume", "workers", "device", "out", "data_dir", "cache")
+FREE = ("resume", "workers", "device", "out", "data_dir", "cache", "picture_every")
 
 
 def saved_state(run):
@@ -642,12 +647,13 @@ def train_epoch(run, network, optimizer, scaler, faces, step_loss, state, signal
     return False
 
 
-def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch=None):
+def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch=None, draw=None):
     """Train for the epochs of the settings, from the start or from the checkpoint `saved`.
 
     step_loss(network, images, indices, step) -> (loss, {name: scalar tensor}) is one step's
     computation; extra() is more state for the checkpoint; end_of_epoch(epoch) -> {name: number} is
-    logged beside the means of the step's scalars. All that is random is a function of the seed and
+    logged beside the means of the step's scalars; draw(note), if given, makes a PIL picture for
+    the run folder at the start, every `picture_every` epochs and at the end. All that is random is a function of the seed and
     the step, so a resumed run draws what an uninterrupted one draws. Raises `Stopped` after a
     signal, when all is saved, or for a loss that is not finite.
     """
@@ -667,6 +673,8 @@ def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch
 
     write_config(run)
     save()                       # a disk that cannot hold it is an error now, not after an epoch
+    if draw and not saved:
+        save_picture(run, draw, 0, "before training")
     network = DistributedDataParallel(model) if run.world > 1 else model
     with caught_signals() as signals:
         while state["step"] < steps * c["epochs"]:
@@ -681,6 +689,9 @@ def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch
                 state["sums"] = {}
                 say(run, f"epoch {record['epoch']}/{c['epochs']}  " + "  ".join(
                     f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"))
+                last = record["epoch"] == c["epochs"]
+                if draw and (last or record["epoch"] % c["picture_every"] == 0):
+                    save_picture(run, draw, record["epoch"], f"loss {record['loss']:.4f}")
             save()
             if stop and state["step"] < steps * c["epochs"]:
                 raise Stopped(f"after step {state['step']} by a signal, all is saved; go on with "
@@ -729,6 +740,18 @@ def save_run(run, state):
     first_alone(run, save)
 
 
+def save_picture(run, draw, epoch, note):
+    """pictures/epoch-N.png of the run folder, drawn by the first process."""
+    path = run.out / "pictures" / f"epoch-{epoch:04d}.png"
+
+    def save():
+        if run.rank == 0:
+            path.parent.mkdir(exist_ok=True)
+            replace_file(path, lambda file: draw(f"epoch {epoch}, {note}").save(file, "png"))
+
+    first_alone(run, save)
+
+
 def write_log(run, log):
     """log.jsonl: one object an epoch."""
     lines = "".join(json.dumps(record) + "\n" for record in log)
@@ -771,6 +794,60 @@ def mean_target(run, faces):
     return total / count
 
 
+def seen_as(values, image, config, pixels):
+    """Targets or predictions of one face (N, T) as a picture beside its image (3, H, H): PIL RGB.
+
+    HOG as glyphs; pixels with the mean and the deviation of the image's own patches put back.
+    """
+    patch = config["patch_size"]
+    if config["target"] == "hog":
+        histograms = from_patches(values[None], 2)[0]                       # (3, 9, h, w)
+        picture = glyphs(histograms, pixels // histograms.shape[-1])
+    else:
+        patches = patchify(image[None], patch)                              # (1, N, 3*P*P)
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        values = values[None] * (variance + 1e-6).sqrt() + mean
+        picture = to_picture(unpatchify(values, patch)[0], config["data"])
+    return picture.resize((pixels, pixels), Image.Resampling.BICUBIC)
+
+
+@torch.no_grad()
+def reconstruction(run, model, faces, note, pixels=288):
+    """Input, mask, target and prediction of the first four faces beside each other: PIL RGB.
+
+    Visible patches, whose prediction is not trained, are white in the last two columns.
+    """
+    c, grid = run.config, run.config["image_size"] // run.config["patch_size"]
+    rows, size, pad, top = range(min(4, len(faces))), (pixels, pixels), 16, 96
+    images = prepare(faces[rows].to(run.device), c["image_size"], c["data"])         # (4, 3, H, H)
+    mask = draw_masks(c["mask"], rows, grid, masked_count(grid * grid, c["mask_ratio"]), 0)
+    model.eval()
+    with autocast(run):
+        prediction = model(images, mask.to(run.device)).float().cpu()                # (4, N, T)
+    images = images.cpu()
+    target = make_targets(images, c["target"], c["patch_size"])                      # (4, N, T)
+    sheet = Image.new("RGB", (4 * (pixels + pad) + pad, top + len(rows) * (pixels + pad)), "white")
+    draw, name = ImageDraw.Draw(sheet), {"hog": "HOG", "pixel": "pixels"}[c["target"]]
+    draw.text((pad, 8), note, "black", ImageFont.load_default(26))
+    for k, title in enumerate(("input", "what the encoder sees", f"{name} of masked patches",
+                               f"predicted {name}")):
+        draw.text((pad + k * (pixels + pad), top - 8), title, "black", ImageFont.load_default(23),
+                  anchor="ls")
+    grey, white = (Image.new("RGB", size, shade) for shade in ((215, 215, 215), "white"))
+    for i in rows:
+        masked = Image.fromarray(mask[i].reshape(grid, grid).byte().numpy() * 255)
+        masked = masked.resize(size, Image.Resampling.NEAREST)              # 255 where masked
+        face = to_picture(images[i], c["data"]).resize(size, Image.Resampling.BICUBIC)
+        columns = [face, Image.composite(grey, face, masked)] + [
+            Image.composite(seen_as(v[i], images[i], c, pixels), white, masked)
+            for v in (target, prediction)]
+        for k, column in enumerate(columns):
+            x, y = pad + k * (pixels + pad), top + i * (pixels + pad)
+            sheet.paste(column, (x, y))
+            draw.rectangle((x - 1, y - 1, x + pixels, y + pixels), outline="silver")
+    return sheet
+
+
 def main(argv=None):
     """Pre-train from the command line."""
     parser = make_parser(__doc__, SETTINGS)
@@ -809,8 +886,9 @@ def main(argv=None):
     def skill(record):
         return {"skill": 1 - record["loss"] / record["trivial"]}
 
-    fit(run, model, optimizer, faces, step_loss, saved, end_of_epoch=skill)
-    say(run, f"pre-trained: {run.out / 'last.pt'}")
+    fit(run, model, optimizer, faces, step_loss, saved, end_of_epoch=skill,
+        draw=lambda note: reconstruction(run, model, faces, note))
+    say(run, f"pre-trained: {run.out / 'last.pt'}; what it predicts: {run.out / 'pictures'}")
 
 
 if __name__ == "__main__":

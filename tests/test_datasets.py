@@ -256,18 +256,20 @@ def test_a_data_set_on_disk_is_checked(tmp_path, capsys, monkeypatch):
     grey(tmp_path / "FER2013Valid/fer0000034.png", 7)          # as fer0000007.png of training
     (tmp_path / "FER2013Train/fer0000007.png").write_bytes(b"no image")
     with pytest.raises(SystemExit) as stop:
-        datasets.main(["--data", "ferplus", "--data-dir", str(tmp_path)])
+        datasets.main(["--data", "ferplus", "--data-dir", str(tmp_path), "--out",
+                       str(tmp_path / "sheet.png")])
+    assert (tmp_path / "sheet.png").exists() and (tmp_path / "ferplus-statistics.png").exists()
     text = capsys.readouterr().out
     assert stop.value.code == 1
     assert "train: 3 faces of 4 images" in text
     assert "  neutral 2  happiness 0  surprise 0  sadness 1" in text
     assert "2 faces read, 1 unreadable; 1 repeat another one's pixels\n" in text
-    assert "val: 2 faces of 2 images" in text and "4 problems:" in text
+    assert "val: 2 faces of 2 images" in text and "problems: 4\n" in text
     assert "fer2013new.csv: 6 faces for the train split, officially 28709" in text
     assert "fer0000007.png: not a readable image" in text and "no fer2013.csv" not in text
     assert "there is neither FER2013Test/ nor fer2013.csv. Expected" in text
     grey(tmp_path / "FER2013Train/fer0000007.png", 7)
-    lines, problems = datasets.check("ferplus", tmp_path)
+    lines, problems, _ = datasets.check("ferplus", tmp_path)
     assert "1 also stand in train" in lines[-1] and len(problems) == 3
 
 
@@ -277,9 +279,12 @@ def test_the_toy_passes_its_check_and_is_drawn(tmp_path, capsys, monkeypatch):
     datasets.main(["--split", "val"])
     text = capsys.readouterr().out
     assert "test: 20 faces of 20 drawn" in text and "20 faces read, 0 unreadable; 0 repeat" in text
+    assert text.endswith("contact sheet: runs/toy-val.png\nstatistics: runs/toy-statistics.png\n"
+                         "no problem\n")
     with Image.open(tmp_path / "runs/toy-val.png") as sheet:
-        assert text.endswith("no problem; contact sheet: runs/toy-val.png\n")
-        assert sheet.size == (8 * 104, 2 * 136)
+        assert sheet.size == (8 * 196 + 16, 2 * 290 + 60)
+    with Image.open(tmp_path / "runs/toy-statistics.png") as chart:
+        assert chart.size == (2000, 200 + 62 * 7)
 
 
 def plain_batch(n=64):

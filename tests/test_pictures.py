@@ -1,0 +1,295 @@
+"""What is drawn: each picture shows what it says, and the README's are what the code draws."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import hog
+import pll
+import pretrain
+from conftest import ROOT, TINY, flags_for, read_state, run_script
+from datasets import DATA, TEMPLATE, load_faces, to_picture
+from decoder import heat
+from hog import BINS, edge, glyphs
+
+MADE_BY = {                                  # picture of the README -> what makes it
+    "hog": "python hog.py", "pll": "python pll.py", "pretraining": "python pretrain.py",
+    "attention": "python evaluate.py", "disambiguation": "python evaluate.py",
+    "curves": "python evaluate.py", "queries": "python evaluate.py"}
+RUNS = {"pretraining": "pretrain-toy/pictures/epoch-0016.png",
+        "attention": "train-toy/pictures/attention-test.png",
+        "disambiguation": "train-toy/pictures/disambiguation.png",
+        "curves": "train-toy/pictures/curves.png", "queries": "train-toy/pictures/queries.png"}
+
+
+def small(path, side=48):
+    """A picture at low resolution, (side, side, 3) in 0 .. 255."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB").resize((side, side), Image.Resampling.BOX), float)
+
+
+@pytest.mark.parametrize("name", MADE_BY)
+def test_the_readmes_pictures_are_what_the_code_draws(name, tmp_path):
+    published = ROOT / ".github" / f"{name}.png"
+    readme = (ROOT / "README.md").read_text()
+    assert f".github/{name}.png" in readme and MADE_BY[name] in readme
+    drawn = ROOT / "runs" / RUNS.get(name, "")
+    if name in RUNS and not drawn.is_file():
+        pytest.skip("made by the README's first command, which was not run here")
+    if name not in RUNS:
+        drawn = tmp_path / "drawn.png"
+        {"hog": hog, "pll": pll}[name].main(["--out", str(drawn)])
+    assert np.abs(small(drawn) - small(published)).mean() < 4
+
+
+def stripes(across):
+    """An image whose edges run from left to right, or from top to bottom: (1, 1, 32, 32)."""
+    wave = torch.sin(torch.arange(32.0) * 0.8).expand(1, 1, 32, 32)
+    return wave.transpose(2, 3) if across else wave
+
+
+def test_a_glyph_lies_along_the_edge():
+    for across in (True, False):
+        picture = np.asarray(glyphs(hog.hog(stripes(across))[0], 40).convert("L"), int)
+        dark = np.argwhere(picture[40:80, 40:80] < 200) - 19.5         # rows, columns of a cell
+        spread = np.abs(dark).max(0)
+        assert (spread[1] > 3 * spread[0]) == across and spread.max() > 15
+    assert sorted(round(np.degrees(np.arctan2(-dy, dx))) % 180 for dx, dy in (
+        edge(b, 1.0) for b in range(BINS))) == list(range(10, 180, 20))
+
+
+def test_hog_draws_a_given_image_and_names_a_broken_one(tmp_path, capsys):
+    Image.new("L", (60, 40), 90).save(tmp_path / "grey.png")
+    hog.main(["--image", str(tmp_path / "grey.png"), "--out", str(tmp_path / "new/hog.png")])
+    with Image.open(tmp_path / "new/hog.png") as picture:
+        flat = np.asarray(picture.convert("L"))
+        assert flat[70:700, 30 + 2 * 702 + 5:30 + 2 * 702 + 660].min() == 255   # no edge, no stroke
+    (tmp_path / "text.png").write_text("hello")
+    for flags in (["--image", str(tmp_path / "text.png")], ["--out", str(tmp_path / "x.nothing")]):
+        with pytest.raises(SystemExit) as stop:
+            hog.main(flags)
+        assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+
+
+def test_the_story_of_a_sample_is_that_of_the_equations(monkeypatch):
+    """What is written into it comes from the functions themselves."""
+    written, whole = [], pll.bars
+
+    def watch(draw, x, y, title, values, names, chosen=(), note=""):
+        written.append((title, values, chosen, note))
+        whole(draw, x, y, title, values, names, chosen, note)
+
+    monkeypatch.setattr(pll, "bars", watch)
+    assert pll.story(0.1).size == (1920, 1420)
+    titles, values, chosen, notes = zip(*written)
+    assert values[2][:3] == pytest.approx([1 / 3] * 3) and sum(values[2]) == pytest.approx(1)
+    assert "not more than 0.1: keep" in notes[4] and values[5] == values[2]
+    assert "\nmore than 0.1: revise" in notes[7] and values[8] == [0, 1, 0, 0, 0, 0, 0]
+    pll.story(0.2)                                       # more than any lead here: nothing fires
+    assert "not more than 0.2: keep" in written[-2][3] and written[-1][1] == values[2]
+
+
+def test_cosines_are_written_and_the_simplex_is_even():
+    picture = pll.cosines([("simplex", pll.simplex(4, 8)), ("one", torch.ones(4, 8))], list("abcd"))
+    pixels = np.asarray(picture)
+    even = {tuple(pixels[95 + 76 * i, 145 + 76 * j]) for i in range(4) for j in range(4) if i != j}
+    assert even <= {(169, 169, 255), (170, 170, 255)}   # -1/3: a third of the way to blue
+    assert tuple(pixels[95, 145 + 4 * 76 + 40 + 76]) == (255, 0, 0)
+
+
+def test_attention_is_red_where_a_label_looks():
+    attention = torch.zeros(16)
+    attention[6] = 1.0                                   # row 1, column 2 of four
+    pixels = np.asarray(heat(Image.new("RGB", (40, 40), "white"), attention, 80), int)
+    assert pixels[30, 50, 1] < 120 and (pixels[70, 10] == 255).all()
+
+
+def test_pre_training_draws_what_it_predicts(tmp_path, cache):
+    flags = [*TINY, "--decoder-dim", "8", "--decoder-heads", "2", "--epochs", "3", "--cache",
+             str(cache), "--picture-every", "2", "--out"]
+    pretrain.main([*flags, str(tmp_path / "hog")])
+    pretrain.main([*flags, str(tmp_path / "pixel"), "--target", "pixel"])
+    for target in ("hog", "pixel"):
+        names = sorted(p.name for p in (tmp_path / target / "pictures").iterdir())
+        assert names == ["epoch-0000.png", "epoch-0002.png", "epoch-0003.png"]
+    grid, pixels = 4, 288
+    mask = pretrain.draw_masks("random", range(4), grid, 7, 0)[0].reshape(grid, grid)
+    for target in ("hog", "pixel"):
+        with Image.open(tmp_path / target / "pictures/epoch-0003.png") as picture:
+            columns = [np.asarray(picture)[96:96 + pixels, 16 + k * 304:16 + k * 304 + pixels]
+                       for k in range(4)]
+        for row in range(grid):
+            for column in range(grid):
+                where = np.s_[row * 72 + 2:row * 72 + 70, column * 72 + 2:column * 72 + 70]
+                hidden = bool(mask[row, column])
+                assert (columns[1][where] == 215).all() == hidden       # grey where masked
+                if not hidden:
+                    assert (columns[2][where] == 255).all() and (columns[3][where] == 255).all()
+        assert not np.array_equal(columns[2], columns[3])               # target and prediction
+
+
+def test_a_picture_undoes_the_normalisation(cache):
+    faces = load_faces("toy", None, "val", 16, cache=cache)
+    x = evaluate.normalise(evaluate.resize(faces[[3]], 16), DATA["toy"])[0]
+    assert np.array_equal(np.asarray(to_picture(x, "toy")), faces[[3]][0].permute(1, 2, 0).numpy())
+
+
+def test_evaluation_draws_all_its_pictures(trained, cache, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    evaluate.main([str(tmp_path / "run")])
+    drawn = {p.stem for p in (tmp_path / "run/pictures").iterdir()}
+    assert drawn == {"confusion-test", "curves", "reliability-test", "attention-test", "queries",
+                     "disambiguation"}
+    text = capsys.readouterr().out
+    assert all(name in text.splitlines()[-1] for name in drawn)
+    kept = json.loads((tmp_path / "run/test.json").read_text())
+    assert f"accuracy             {kept['accuracy']:7.2%}" in text
+
+
+def test_a_run_without_weights_is_compared_by_its_kept_result(trained, cache, tmp_path, capsys,
+                                                              monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "run")
+    evaluate.main(["run", "--markdown"])
+    with_weights = capsys.readouterr().out
+    (tmp_path / "run/last.pt").unlink()
+    evaluate.main(["run", "--markdown"])
+    assert capsys.readouterr().out == with_weights
+
+
+def test_labels_that_were_given_up_are_struck_through(cache):
+    faces = load_faces("toy", None, "val", 16, cache=cache).subset(torch.tensor([0]))
+    candidates = torch.tensor([[True, True, False, True, False, False, False]])
+    soft = pll.initial_confidence(candidates)
+    hard = pll.revise(soft, torch.tensor([[0.0, 9, 0, 0, 0, 0, 0]]), 0.1)
+
+    def struck(confidence):
+        picture = evaluate.disambiguation(faces, candidates, confidence, [1], DATA["toy"]["classes"])
+        red = (np.asarray(picture)[250:] == (178, 34, 34)).all(-1).any(1)    # rows with red
+        return [int(row) for row in np.flatnonzero(red[1:] & ~red[:-1])]
+    assert struck(soft) == [] and len(struck(hard)) == 2
+    assert struck(hard)[1] - struck(hard)[0] == 2 * 28                   # the first and the third
+
+
+def test_reliability_bins_hold_all_faces_and_their_sums():
+    torch.manual_seed(0)
+    logits, votes = torch.randn(200, 7) * 2, torch.randint(0, 5, (200, 7)).float() + 0.1
+    count, probability, share = evaluate.reliability(logits, votes)
+    assert count.sum() == 200
+    assert probability.sum() == pytest.approx(logits.softmax(1).max(1).values.sum().item(), rel=1e-5)
+    agree = (votes / votes.sum(1, keepdim=True))[range(200), logits.argmax(1)]
+    assert share.sum().item() == pytest.approx(agree.sum().item(), rel=1e-5)
+    inside = probability / count.clamp(min=1) * 15
+    assert all(k - 1e-4 <= v <= k + 1 for k, v in enumerate(inside.tolist()) if count[k])
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory, cache):
+    """Five faces of the toy's validation split as files, and a broken one."""
+    folder = tmp_path_factory.mktemp("pictures")
+    faces = load_faces("toy", None, "val", 16, cache=cache)
+    (folder / "more").mkdir()
+    for i in range(5):
+        image = Image.fromarray(faces[[i]][0].permute(1, 2, 0).numpy())
+        image.save(folder / ("more" if i > 2 else "") / f"{i}.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "notes.txt").write_text("not a picture by its name")
+    return folder
+
+
+def probabilities(trained, faces):
+    model, run, _ = evaluate.load_run(trained, {"device": "cpu"})
+    return evaluate.predict(run, model, faces).softmax(1)
+
+
+def test_a_folder_of_faces_becomes_a_table(trained, cache, pictures, tmp_path):
+    done = run_script("evaluate.py", trained, "--folder", pictures, "--csv", tmp_path / "out.csv",
+                      status=1)
+    assert f"error: {pictures}/broken.png: not a readable image" in done.stderr
+    assert "stopped: 1 of 6 pictures could not be read" in done.stderr
+    rows = [line.split(",") for line in (tmp_path / "out.csv").read_text().splitlines()]
+    assert rows[0] == ["image", "label", "candidates", *DATA["toy"]["classes"]]
+    expected = probabilities(trained, load_faces("toy", None, "val", 16, cache=cache))
+    assert len(rows) == 6
+    for row in rows[1:]:
+        shares = expected[int(row[0][-5])]
+        assert [float(v) for v in row[3:]] == pytest.approx(shares.tolist(), abs=2e-4)
+        assert row[1] == DATA["toy"]["classes"][shares.argmax()]
+        assert row[2].split() == [n for n, s in zip(DATA["toy"]["classes"], shares) if s >= 0.1]
+
+
+def test_one_image_in_and_a_label_out(trained, pictures, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    Image.open(pictures / "0.png").convert("L").save(tmp_path / "grey.png")
+    evaluate.main([str(tmp_path / "run"), "--image", str(pictures / "0.png"),
+                   str(tmp_path / "grey.png")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(pictures / "0.png") and lines[9] == str(tmp_path / "grey.png")
+    assert {line.split()[0] for line in lines[1:8]} == set(DATA["toy"]["classes"])
+    assert lines[8].startswith("  candidate set: ") and "attention-of-images" in lines[-1]
+    assert (tmp_path / "run/pictures/attention-of-images.png").exists()
+
+
+def test_mean_and_deviation_come_from_the_checkpoint(trained, pictures, tmp_path, capsys):
+    state = read_state(trained)
+    torch.save({**state, "mean": [0.0, 0.0, 0.0]}, tmp_path / "last.pt")
+    for folder in (trained, tmp_path):
+        evaluate.main([str(folder), "--folder", str(pictures / "more")])
+    first, other = capsys.readouterr().out.split("image,label")[1:]
+    assert first != other
+
+
+def test_landmarks_align_a_face(trained, pictures, tmp_path, capsys):
+    """A face that was shifted and doubled in size is the same face once its points are known."""
+    with Image.open(pictures / "0.png") as face:
+        large = Image.new("RGB", (64, 64), "white")
+        large.paste(face.resize((32, 32), Image.Resampling.NEAREST), (20, 10))
+    large.save(tmp_path / "large.png")
+    face.save(tmp_path / "face.png")
+    header = "image," + ",".join(f"{a}{i}" for i in range(1, 6) for a in "xy")
+    row = lambda name, points: ",".join([name, *(f"{v:.3f}" for v in points.flatten())])
+    small_points = TEMPLATE * 16 / 112
+    (tmp_path / "points.csv").write_text("\n".join([header, row("face.png", small_points), row(
+        "large.png", small_points * 2 + [20, 10])]))
+    read = evaluate.read_landmarks(tmp_path / "points.csv")
+    side = [evaluate.read_face(tmp_path / name, DATA["toy"], 16, read).astype(int)
+            for name in ("face.png", "large.png")]
+    assert np.abs(side[0] - side[1]).mean() < 12
+    evaluate.main([str(trained), "--folder", str(tmp_path), "--landmarks",
+                   str(tmp_path / "points.csv")])
+    assert "large.png" in capsys.readouterr().out
+    with pytest.raises(pretrain.Stopped, match="1 of 1 pictures could not be read"):
+        evaluate.main([str(trained), "--image", str(pictures / "0.png"), "--landmarks",
+                       str(tmp_path / "points.csv")])
+    assert "not in the file of --landmarks; add a row" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--folder", "nowhere"], "--folder nowhere: no such folder"),
+    (["--folder", str(ROOT / ".ci")], "holds no picture"),
+    (["--image", "x.png", "--landmarks", "none.csv"], "none.csv: not a readable csv file"),
+    (["--folder", "PICTURES", "--csv", "/dev/null/x"], "--csv /dev/null/x: cannot be written")])
+def test_wrong_input_is_one_line(flags, message, trained, pictures, capsys):
+    flags = [str(pictures / "more") if flag == "PICTURES" else flag for flag in flags]
+    with pytest.raises(SystemExit) as stop:
+        pretrain.command_line(lambda: evaluate.main([str(trained), *flags]))
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_curves_of_several_runs_have_a_colour_each(trained, method_run):
+    logs = [("ours", evaluate.load_run(trained, {"device": "cpu"})[2]["log"]),
+            ("decoder", evaluate.load_run(method_run("decoder"), {"device": "cpu"})[2]["log"])]
+    pixels = np.asarray(evaluate.curves(logs))
+    for colour in ((178, 34, 34), (70, 130, 180)):       # firebrick, steelblue
+        assert (pixels == colour).all(-1).sum() > 200
+    assert not (np.asarray(evaluate.curves(logs[:1])) == (46, 139, 87)).all(-1).all()
+
+
+def test_a_method_without_label_queries_has_pictures_too(method_run, cache, capsys):
+    evaluate.main([str(method_run("pico")), "--split", "val"])
+    assert "confusion-val, curves, reliability-val)" in capsys.readouterr().out
+    assert flags_for("pico", "x", "y")[1] == "pico"
