@@ -175,9 +175,10 @@ def similarity(source, target):
 
 
 def align(image, points, side):
-    """Warp a face so that its five points (5, 2) meet the template: PIL -> PIL, side x side.
+    """Warp a face so that its five points (5, 2) meet the template (Sec. 4.2): PIL -> PIL.
 
-    A much larger face is first shrunk by a whole factor: bicubic sampling alone would alias.
+    The result has side x side pixels. A much larger face is first shrunk by a whole factor: bicubic
+    sampling alone would alias.
     """
     matrix = similarity(TEMPLATE * side / 112, points)              # output pixel -> input pixel
     shrink = max(int(np.sqrt(np.linalg.det(matrix[:, :2]))), 1)
@@ -244,7 +245,9 @@ def layout_error(data, data_dir, found):
 
 
 def voted_label(votes, classes, convention):
-    """The crowd's label from the counts of all columns (`classes` real ones first), or None.
+    """The crowd's label (Sec. 4.1) from the counts of all columns (`classes` real ones first).
+
+    None if there is no such label.
 
     "argmax": the most voted class, the first of several; None if another column (unknown, no face)
     has as many votes. "majority" (FER+): columns with a single vote are set to 0, and the top must
@@ -257,6 +260,30 @@ def voted_label(votes, classes, convention):
             return None
     top = int(votes[:classes].argmax())
     return top if votes[top] > max(votes[classes:], default=0) else None
+
+
+def kaggle_rows(pixels, table, rows):
+    """Rows of Kaggle's fer2013.csv, after checking that they are those of FERPlus's table."""
+    images = [r for _, r in read_csv(pixels, ["pixels", "Usage"])]
+    if len(images) != len(rows):
+        raise InputError(f"{pixels}: {len(images)} rows, but {table} has {len(rows)}; they are "
+                         "joined by row, so both must be complete")
+    for (line, row), other in zip(rows, images):
+        if row["Usage"] != other["Usage"]:
+            raise InputError(f"{pixels}, row {line}: Usage {other['Usage']}, but {row['Usage']} in "
+                             f"{table.name}; the two files must have one order")
+    return images
+
+
+def kaggle_image(text, where):
+    """48 x 48 numbers in a cell of fer2013.csv -> PIL "L"."""
+    try:
+        values = np.array((text or "").split(), dtype=np.int64)
+    except ValueError:
+        values = np.zeros(0)
+    if values.size != 48 * 48 or values.min() < 0 or values.max() > 255:
+        raise InputError(f"{where}: not 48 x 48 numbers from 0 to 255")
+    return Image.fromarray(values.reshape(48, 48).astype(np.uint8))
 
 
 def list_ferplus(root, split, convention, partial):
@@ -273,14 +300,7 @@ def list_ferplus(root, split, convention, partial):
     kinds = DATA["ferplus"]["classes"] + ["unknown", "NF"]
     rows = read_csv(table, ["Usage", "Image name"] + kinds)
     check_count("ferplus", split, sum(r["Usage"] == usage for _, r in rows), partial, table)
-    images = None if folder.is_dir() else [r for _, r in read_csv(pixels, ["pixels", "Usage"])]
-    if images is not None and len(images) != len(rows):
-        raise InputError(f"{pixels}: {len(images)} rows, but {table} has {len(rows)}; they are "
-                         "joined by row, so both must be complete")
-    for (line, row), other in zip(rows, images or ()):
-        if row["Usage"] != other["Usage"]:
-            raise InputError(f"{pixels}, row {line}: Usage {other['Usage']}, but {row['Usage']} in "
-                             f"{table.name}; the two files must have one order")
+    images = None if folder.is_dir() else kaggle_rows(pixels, table, rows)
     kept, nameless, repeated = {}, 0, 0          # name -> (votes, row); a later row replaces
     for line, row in rows:
         if row["Usage"] != usage:
@@ -300,13 +320,7 @@ def list_ferplus(root, split, convention, partial):
         if images is None:
             return to_array(read_image(folder / names[i], 1), side)
         line = kept[names[i]][1]
-        try:
-            values = np.array((images[line - 2]["pixels"] or "").split(), dtype=np.int64)
-        except ValueError:
-            values = np.zeros(0)
-        if values.size != 48 * 48 or values.min() < 0 or values.max() > 255:
-            raise InputError(f"{pixels}, row {line}: not 48 x 48 numbers from 0 to 255")
-        return to_array(Image.fromarray(values.reshape(48, 48).astype(np.uint8)), side)
+        return to_array(kaggle_image(images[line - 2]["pixels"], f"{pixels}, row {line}"), side)
 
     notes = [f"{len(names)} faces of {len(votes)} images; the {convention} label of "
              f"{len(votes) - len(names)} is unknown or no face ({nameless} rows without image, "
@@ -799,7 +813,8 @@ def statistics(data, found):
                   font(20), "lm")
     draw.text((1160, 20), f"mean share of the votes ({split})", "black", font(26))
     voted = np.eye(len(classes))[listed.labels]                             # (n, K)
-    mean = voted.T @ (votes / votes.sum(1, keepdims=True)) / voted.sum(0)[:, None].clip(1)   # (K, K)
+    total = voted.T @ (votes / votes.sum(1, keepdims=True))                 # (K, K)
+    mean = total / voted.sum(0)[:, None].clip(1)
     draw_matrix(draw, 1320, 90, mean, mean, classes, "{:.0%}")
     draw.text((1320, 100 + 62 * len(classes)), "row: voted label, column: votes", "black", font(20))
     return sheet

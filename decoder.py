@@ -11,8 +11,12 @@ Paper: Sec. 3.3 and the right part of Fig. 2; Carion et al. 2020 (DETR) for the 
             x        (B, K, d)     what the labels have gathered so far; starts at zero
             logits   (B, K)        sigma_logits; softmax in Eq. (2), sigmoid in Eq. (4)
 
-Run:  python -m pytest tests/test_decoder.py
+Run:  python decoder.py                  (what both stages cost, from the shapes alone)
+      python -m pytest tests/test_decoder.py
 """
+import argparse
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -98,6 +102,110 @@ class LabelDecoder(nn.Module):
         return (logits, torch.stack(maps, dim=1)) if need_attention else logits
 
 
+# -------------------------------------------------------------------------------------------- cost
+
+@dataclass
+class Cost:
+    """Of one image forward: operations (a multiply-add is two), parameters, kept numbers.
+
+    Kept are the numbers that the backward pass needs, with attention that keeps no K x M matrix.
+    """
+    operations: int
+    parameters: int
+    kept: int
+
+    def __add__(self, other):
+        return Cost(self.operations + other.operations, self.parameters + other.parameters,
+                    self.kept + other.kept)
+
+    def __mul__(self, times):
+        return Cost(self.operations * times, self.parameters * times, self.kept * times)
+
+
+def linear_cost(tokens, inputs, outputs):
+    """A linear layer with bias on some tokens; it keeps its input."""
+    return Cost(2 * tokens * inputs * outputs, (inputs + 1) * outputs, tokens * inputs)
+
+
+def attention_cost(queries, keys, dim, heads):
+    """softmax(q k^T) v without its projections; keeps q, k, v, the result and its normalisers."""
+    return Cost(4 * queries * keys * dim, 0, (queries + 2 * keys) * dim + queries * (dim + heads))
+
+
+def norm_cost(tokens, dim):
+    """LayerNorm, whose operations are not counted; keeps its input, means and deviations."""
+    return Cost(0, 2 * dim, tokens * (dim + 2))
+
+
+def block_cost(tokens, dim, heads, mlp_ratio=4):
+    """The ViT's block: 24 N d^2 + 4 N^2 d operations, 12 d^2 + 13 d parameters."""
+    hidden = dim * mlp_ratio
+    mlp = linear_cost(tokens, dim, hidden) + linear_cost(tokens, hidden, dim) \
+        + Cost(0, 0, tokens * hidden)                                     # what GELU keeps
+    # What attention gives is kept once, for itself and for the projection behind it.
+    project = Cost(2 * tokens * dim ** 2, dim * (dim + 1), 0)
+    return norm_cost(tokens, dim) * 2 + linear_cost(tokens, dim, 3 * dim) + project + mlp \
+        + attention_cost(tokens, tokens, dim, heads)
+
+
+def encoder_cost(seen, patches, patch_size, dim, depth, heads):
+    """The ViT on `seen` of its patches and the class token."""
+    embed = linear_cost(seen, 3 * patch_size ** 2, dim) + Cost(0, (patches + 2) * dim, 0)
+    return embed + block_cost(seen + 1, dim, heads) * depth + norm_cost(seen + 1, dim)
+
+
+def label_decoder_cost(classes, tokens, dim, heads, layers):
+    """`LabelDecoder`: most of it is the keys and values of the visual tokens, 4 HW d^2 a layer."""
+    project = linear_cost(classes, dim, dim)
+    inside = project * 4 + attention_cost(classes, classes, dim, heads)
+    across = project * 2 + linear_cost(tokens, dim, dim) * 2 \
+        + attention_cost(classes, tokens, dim, heads)
+    mlp = linear_cost(classes, dim, 4 * dim) + linear_cost(classes, 4 * dim, dim)
+    layer = inside + across + mlp + norm_cost(classes, dim) * 3
+    return layer * layers + Cost(2 * classes * dim, classes * (2 * dim + 1), classes * dim)
+
+
+def stage_costs(classes=7, image=224, patch=16, dim=768, depth=12, heads=12, mask_ratio=0.4,
+                decoder_dim=512, decoder_depth=8, decoder_heads=16, layers=2):
+    """Both stages, by default the paper's: {name: Cost of an image}."""
+    patches = (image // patch) ** 2
+    seen = int(patches * (1 - mask_ratio))
+    rebuild = linear_cost(seen + 1, dim, decoder_dim) \
+        + block_cost(patches + 1, decoder_dim, decoder_heads) * decoder_depth \
+        + norm_cost(patches + 1, decoder_dim) + linear_cost(patches, decoder_dim, 108) \
+        + Cost(0, decoder_dim, 0)                                         # the mask token
+    return {"pre-training": encoder_cost(seen, patches, patch, dim, depth, heads) + rebuild,
+            "training": encoder_cost(patches, patches, patch, dim, depth, heads)
+            + label_decoder_cost(classes, patches, dim, heads, layers)}
+
+
+# Cards: dense 16-bit operations a second as their makers state them; four of them work together.
+CARDS = {"V100": 125e12, "A100": 312e12, "H100": 989e12}
+# stage: epochs, global batch (Sec. 4.2 and, for the epochs of training, MaskFeat's protocol)
+PAPER = {"pre-training": (600, 192), "training": (100, 320)}
+
+
+def cost_table(faces, utilisation=0.35):
+    """Markdown lines: what the paper's settings cost for a training set of so many faces.
+
+    Computed, not measured: forward and backward are three times forward, a card reaches
+    `utilisation` of its stated rate. Memory a card of four: 16 bytes a parameter (weight, gradient,
+    AdamW's two) and 2 bytes (16-bit autocast) for each number that is kept.
+    """
+    lines = ["| stage | parameters | GFLOP an image | GB a card (batch / 4) | "
+             + " | ".join(f"hours on 4 {card}" for card in CARDS) + " |",
+             "|---" * (4 + len(CARDS)) + "|"]
+    for stage, cost in stage_costs().items():
+        epochs, batch = PAPER[stage]
+        work = 3 * cost.operations * faces * epochs
+        memory = (16 * cost.parameters + 2 * cost.kept * batch / 4) / 1e9
+        hours = [work / (4 * rate * utilisation) / 3600 for rate in CARDS.values()]
+        lines.append(f"| {stage}, {epochs} epochs | {cost.parameters / 1e6:.1f} M | "
+                     f"{3 * cost.operations / 1e9:.1f} | {memory:.1f} | "
+                     + " | ".join(f"{h:.1f}" for h in hours) + " |")
+    return lines
+
+
 # ---------------------------------------------------------------------------------------- pictures
 
 def heat(face, attention, pixels):
@@ -137,3 +245,16 @@ def attention_picture(faces, maps, shares, names, titles, pixels=170):
             if not i:
                 draw.text((left - 12, y + pixels / 2), name, "black", large, anchor="rm")
     return sheet
+
+
+def main(argv=None):
+    """Print the cost table."""
+    parser = argparse.ArgumentParser(description="What both stages cost at the paper's settings.")
+    parser.add_argument("--faces", type=int, default=12_271, help="training faces (RAF-DB's)")
+    parser.add_argument("--utilisation", type=float, default=0.35, help="share of the stated rate")
+    args = parser.parse_args(argv)
+    print("\n".join(cost_table(args.faces, args.utilisation)))
+
+
+if __name__ == "__main__":
+    main()

@@ -393,7 +393,7 @@ def attention_of(model, run, images, names, titles, about):
     x = normalise(resize(images.to(run.device), run.config["image_size"]), about)
     with autocast(run):
         tokens = model.encoder(x)[:, 1:]                                   # (n, HW, d)
-        logits, maps = model.head(tokens, need_attention=True)             # (n, K), (n, ., ., K, HW)
+        logits, maps = model.head(tokens, need_attention=True)             # (n, K) and the maps
     shown = [Image.fromarray(f.permute(1, 2, 0).squeeze().numpy()) for f in images]
     return attention_picture(shown, maps, logits.float().softmax(1).cpu(), names, titles)
 

@@ -64,7 +64,7 @@ def cell_sums(votes, cell):
 
 
 def hog(images, cell=8, binning="hard"):
-    """HOG of a batch, (B, C, H, W) -> (B, C, 9, H/cell, W/cell), on the images' device.
+    """HOG of a batch (Sec. 3.2), (B, C, H, W) -> (B, C, 9, H/cell, W/cell), on its device.
 
     binning "hard" gives a pixel's whole vote to the bin floor(angle) mod 9, as MaskFeat does;
     "linear" splits it between the two bins whose centres are nearest, in proportion, which makes
@@ -115,7 +115,7 @@ def from_patches(targets, cells, channels=3):
 
 
 def hog_targets(images, patch_size=16, binning="hard"):
-    """What pre-training predicts: images (B, C, H, H) -> (B, N, C*9*2*2), no gradient.
+    """What pre-training predicts (Sec. 3.2): images (B, C, H, H) -> (B, N, C*9*2*2), no gradient.
 
     A patch always holds 2 x 2 cells, as in the paper's setting of 16-pixel patches and 8-pixel
     cells; a smaller model has smaller cells.
@@ -165,7 +165,7 @@ def figure(image, cell=8, side=224, zoom=3):
     big, gap, top = side * zoom, 30, 60
     panels = [image, Image.fromarray(ink).convert("RGB"),
               glyphs(hog(pixels, cell)[0], cell * zoom)]
-    titles = ["face", "length of the gradient (square root)", f"HOG, cells of {cell} x {cell} pixels"]
+    titles = ["face", "length of the gradient (square root)", f"HOG, cells of {cell} x {cell}"]
     sheet = Image.new("RGB", (3 * big + 4 * gap, big + top + 110), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(30)
     for k, (panel, title) in enumerate(zip(panels, titles)):

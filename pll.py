@@ -31,6 +31,8 @@ from PIL import Image, ImageDraw, ImageFont
 def candidates_from_votes(votes, min_votes=1):
     """Y from the crowd (Sec. 3.1): the labels with at least `min_votes` votes, (n, K) bool.
 
+    Eq. (1) assumes that the true label is always among them.
+
     A row in which no label has that many keeps its most voted labels, so no set is empty. Raises
     ValueError for a row without any vote.
     """
@@ -73,7 +75,7 @@ def uniform_transition(classes, chance):
 
 
 def initial_confidence(candidates, votes=None):
-    """C_i = Y_i / |Y_i| (Algorithm 1), or with `votes` the candidates' shares of them: (n, K)."""
+    """C_i = Y_i / |Y_i| (Sec. 3.3.2), or with `votes` the candidates' shares of them: (n, K)."""
     weights = candidates.float() if votes is None else candidates * votes
     return weights / weights.sum(dim=1, keepdim=True)
 

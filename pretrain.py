@@ -75,7 +75,8 @@ SETTINGS = {
 # ---------------------------------------------------------------------------------------- masking
 
 def masked_count(patches, ratio):
-    """How many of `patches` are masked: all but int(N * (1 - ratio)), as MAE; 79 of 196 at 0.4."""
+    """How many of `patches` are masked (Sec. 4.2): all but int(N * (1 - ratio)), as MAE; 79 of 196
+    at the paper's 0.4."""
     return patches - int(patches * (1 - ratio))
 
 
@@ -137,7 +138,7 @@ def visible(mask):
 # ---------------------------------------------------------------------------------------- the model
 
 class MaskedModel(nn.Module):
-    """Encoder and a light decoder that predicts the target of every patch.
+    """Encoder and a light decoder that predicts the target of every patch (Sec. 3.2, Fig. 3).
 
     kind "visible" (the paper, as MAE): masked patches never enter the encoder; the decoder gets its
     tokens, narrowed, with a learned mask token wherever a patch is masked, and fixed positions.
@@ -178,9 +179,10 @@ class MaskedModel(nn.Module):
 
 
 def make_targets(images, kind, patch_size):
-    """What is predicted for each patch, (B, N, T) in fp32: its HOG, or its own pixels normalised.
+    """What is predicted for each patch, (B, N, T) in fp32: its HOG (Sec. 3.2), or its own pixels.
 
-    Pixels (the rival in Table 3) lose the patch's mean and are divided by its deviation (MAE).
+    Pixels (the rival in Table 3) are normalised: a patch loses its mean and is divided by its
+    deviation (MAE).
     """
     if kind == "hog":
         return hog_targets(images, patch_size)                             # (B, N, 108)
@@ -190,7 +192,7 @@ def make_targets(images, kind, patch_size):
 
 
 def masked_mse(prediction, target, mask):
-    """Mean squared error over the masked patches alone; a scalar in fp32."""
+    """Mean squared error over the masked patches alone (Sec. 3.2); a scalar in fp32."""
     error = (prediction.float() - target).square().mean(dim=-1)            # (B, N)
     return (error * mask).sum() / mask.sum()
 
@@ -574,7 +576,7 @@ def batches(run, faces, epoch, first):
     """
     size = run.config["batch_size"]
     generator = torch.Generator().manual_seed(run.config["seed"] * 1_000_003 + epoch)
-    order = torch.randperm(len(faces), generator=generator)
+    order = torch.randperm(len(faces), generator=generator)                # Algorithm 1, line 3
     steps = len(faces) // size
     local = order[:steps * size].reshape(steps, size)[first:, run.rows.start:run.rows.stop]
     loader = DataLoader(faces, sampler=local.tolist(), batch_size=None,
@@ -583,7 +585,7 @@ def batches(run, faces, epoch, first):
     for indices in local:
         with run.timed("data"):
             images = next(loaded).to(run.device, non_blocking=True)        # uint8 (b, C, S, S)
-        yield images, indices
+        yield images, indices                                              # Algorithm 1, line 5
 
 
 def steps_per_epoch(run, faces):
@@ -604,7 +606,7 @@ def update(model, optimizer, scaler, loss, clip):
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(model.parameters(), clip)
-    scaler.step(optimizer)
+    scaler.step(optimizer)                                   # Algorithm 1, line 9
     scaler.update()
 
 
@@ -628,7 +630,7 @@ def train_epoch(run, network, optimizer, scaler, faces, step_loss, state, signal
     network.train()
     bar = tqdm(batches(run, faces, epoch, first), f"epoch {epoch + 1}/{c['epochs']}", steps,
                initial=first, leave=False, disable=run.rank > 0 or not sys.stderr.isatty())
-    for images, indices in bar:
+    for images, indices in bar:                              # Algorithm 1, line 4
         step = state["step"]
         lr = learning_rate(step, steps * c["epochs"], steps * c["warmup_epochs"], c["lr"])
         for group in optimizer.param_groups:
@@ -653,9 +655,9 @@ def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch
     step_loss(network, images, indices, step) -> (loss, {name: scalar tensor}) is one step's
     computation; extra() is more state for the checkpoint; end_of_epoch(epoch) -> {name: number} is
     logged beside the means of the step's scalars; draw(note), if given, makes a PIL picture for
-    the run folder at the start, every `picture_every` epochs and at the end. All that is random is a function of the seed and
-    the step, so a resumed run draws what an uninterrupted one draws. Raises `Stopped` after a
-    signal, when all is saved, or for a loss that is not finite.
+    the run folder at the start, every `picture_every` epochs and at the end. All that is random is
+    a function of the seed and the step, so a resumed run draws what an uninterrupted one draws.
+    Raises `Stopped` after a signal, when all is saved, or for a loss that is not finite.
     """
     c, steps = run.config, steps_per_epoch(run, faces)
     scaler = torch.amp.GradScaler(run.device.type, enabled=precision(run.device) == torch.float16)
@@ -677,7 +679,7 @@ def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch
         save_picture(run, draw, 0, "before training")
     network = DistributedDataParallel(model) if run.world > 1 else model
     with caught_signals() as signals:
-        while state["step"] < steps * c["epochs"]:
+        while state["step"] < steps * c["epochs"]:           # Algorithm 1, line 2
             first, begin = state["step"], time.time()
             stop = train_epoch(run, network, optimizer, scaler, faces, step_loss, state, signals)
             if state["step"] % steps == 0:

@@ -10,7 +10,10 @@ Paper: Sec. 3.3 and Algorithm 1, settings of Sec. 4.2; what the paper leaves to 
     Q        queries     (K, d)        label embeddings of the decoder
              logits      (B, K)        sigma_logits, one a label
     T_max    epochs                    outer loop, in `pretrain.fit`
-    I_max    steps                     inner loop; its body is `iteration` below
+    I_max    steps                     inner loop, in `pretrain.train_epoch`; body: `iteration`
+
+Lines of Algorithm 1 are counted from "Ensure": 1 start of C, 2 epochs, 3 shuffle, 4 iterations,
+5 fetch, 6 Eq. (3), 7 Eq. (4) and (5), 8 Eq. (2), 9 update.
 
 Run:  python train.py                                      (the toy, after python pretrain.py)
       torchrun --nproc_per_node=2 train.py --data raf      (the paper's settings)
@@ -97,7 +100,7 @@ PICO = dict(width=128, encoder_momentum=0.999, start=0.95, end=0.8, weight=0.5)
 
 
 class LinearHead(nn.Module):
-    """The usual head, without label queries: mean of the visual tokens (B, HW, d) -> (B, K)."""
+    """The head without label queries (Table 3): mean of the visual tokens (B, HW, d) -> (B, K)."""
 
     def __init__(self, dim, classes):
         super().__init__()
@@ -130,7 +133,7 @@ class ResNet18(nn.Module):
 
 
 class Recogniser(nn.Module):
-    """Fig. 2: encoder, then a head that reads the visual tokens; (B, 3, H, H) -> logits (B, K).
+    """Encoder, then a head that reads the visual tokens (Fig. 2); (B, 3, H, H) -> logits (B, K).
 
     With `width` there is also PiCO's projection: unit vectors (B, width) from the mean token.
     """
@@ -393,7 +396,7 @@ def confidence_table(run, faces, saved):
         candidates, confidence = saved["candidates"], saved["confidence"]
     else:
         candidates = make_candidates(run.config, faces)
-        confidence = make_confidence(run.config, faces, candidates)       # Algorithm 1, "Ensure"
+        confidence = make_confidence(run.config, faces, candidates)       # Algorithm 1, line 1
     return {"candidates": candidates.to(run.device), "confidence": confidence.to(run.device),
             "faces": digest}
 
@@ -446,10 +449,10 @@ def algorithm_1(run, model, faces, table):
         with autocast(run):
             logits = network(images)                                      # (b, K)
         logits = logits.float()
-        uniform = spread(c, model.head)                                   # Eq. (3)
+        uniform = spread(c, model.head)                                   # Algorithm 1, line 6
         revising = c["revise"] and step // steps >= c["warmup_revision"]
         before, sets = confidence[indices], candidates[indices]           # (b, K)
-        pll, after = objective(c, logits, before, sets, revising)         # Eq. (4), (5), then (2)
+        pll, after = objective(c, logits, before, sets, revising)         # Algorithm 1, lines 7, 8
         everywhere, rows = share_rows(run, indices, after)
         confidence[everywhere] = rows
         loss = pll + c["uniform_weight"] * uniform

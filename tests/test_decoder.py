@@ -2,7 +2,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+import decoder as cost
+import pretrain
+import train
 from decoder import Attention, DecoderLayer, LabelDecoder
 
 
@@ -113,3 +118,56 @@ def test_every_parameter_learns():
 def test_a_width_that_heads_do_not_divide_is_an_error():
     with pytest.raises(ValueError, match="cannot be split among 5 heads"):
         LabelDecoder(24, 7, 5)
+
+
+def kept_numbers(model, forward):
+    """How many floating-point numbers autograd keeps for the backward pass, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    sizes = {}
+
+    def note(x):
+        storage = x.untyped_storage()
+        if x.is_floating_point() and storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes() // x.element_size()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        result = forward()                       # alive until the sizes are read
+    assert result.requires_grad
+    return sum(sizes.values())
+
+
+def test_costs_from_shapes_are_what_torch_counts():
+    """Operations, parameters and kept numbers of both stages, for a model of other proportions."""
+    sizes = dict(image_size=48, patch_size=8, dim=64, depth=3, heads=4)
+    first = {**{k: row[1] for k, row in pretrain.SETTINGS.items()}, **sizes, "decoder_dim": 32,
+             "decoder_depth": 2, "decoder_heads": 4, "target": "hog", "encoder": "visible"}
+    second = {**{k: row[1] for k, row in train.SETTINGS.items()}, **sizes, "data": "toy"}
+    masked, recogniser = pretrain.build_masked_model(first), train.build_model(second)
+    images, mask = torch.rand(4, 3, 48, 48), pretrain.random_mask(4, 6, 15, 0)
+    costs = cost.stage_costs(7, 48, 8, 64, 3, 4, 0.4, 32, 2, 4, second["decoder_layers"])
+    for stage, model, forward in (("pre-training", masked, lambda: masked(images, mask)),
+                                  ("training", recogniser, lambda: recogniser(images))):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            forward()
+        assert costs[stage].parameters == sum(p.numel() for p in model.parameters())
+        counted = counter.get_total_flops() / 4
+        assert costs[stage].operations == pytest.approx(counted, rel=1e-3)    # not the logits' sum
+        assert costs[stage].kept == pytest.approx(kept_numbers(model, forward) / 4, rel=0.02)
+
+
+def test_the_papers_costs():
+    costs = cost.stage_costs()
+    assert costs["training"].parameters == sum(p.numel() for p in train.build_model(
+        {**{k: row[0] for k, row in train.SETTINGS.items()}, "data": "raf"}).parameters())
+    line = cost.cost_table(12_271)[3]
+    hours = 3 * costs["training"].operations * 12_271 * 100 / (4 * 125e12 * 0.35) / 3600
+    assert line.split("|")[5].strip() == f"{hours:.1f}"
+
+
+def test_one_map_of_attention_costs_what_its_formula_says():
+    """N queries and M keys of width d: N M d products for the scores, as many for the values."""
+    assert cost.attention_cost(3, 5, 8, 2).operations == 2 * (3 * 5 * 8 + 3 * 5 * 8)
+    block = cost.block_cost(10, 8, 2)
+    assert block.operations == 24 * 10 * 8 ** 2 + 4 * 10 ** 2 * 8
+    assert block.parameters == 12 * 8 ** 2 + 13 * 8

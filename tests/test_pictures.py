@@ -168,7 +168,8 @@ def test_labels_that_were_given_up_are_struck_through(cache):
     hard = pll.revise(soft, torch.tensor([[0.0, 9, 0, 0, 0, 0, 0]]), 0.1)
 
     def struck(confidence):
-        picture = evaluate.disambiguation(faces, candidates, confidence, [1], DATA["toy"]["classes"])
+        picture = evaluate.disambiguation(faces, candidates, confidence, [1],
+                                          DATA["toy"]["classes"])
         red = (np.asarray(picture)[250:] == (178, 34, 34)).all(-1).any(1)    # rows with red
         return [int(row) for row in np.flatnonzero(red[1:] & ~red[:-1])]
     assert struck(soft) == [] and len(struck(hard)) == 2
@@ -180,7 +181,8 @@ def test_reliability_bins_hold_all_faces_and_their_sums():
     logits, votes = torch.randn(200, 7) * 2, torch.randint(0, 5, (200, 7)).float() + 0.1
     count, probability, share = evaluate.reliability(logits, votes)
     assert count.sum() == 200
-    assert probability.sum() == pytest.approx(logits.softmax(1).max(1).values.sum().item(), rel=1e-5)
+    top = logits.softmax(1).max(1).values
+    assert probability.sum().item() == pytest.approx(top.sum().item(), rel=1e-5)
     agree = (votes / votes.sum(1, keepdim=True))[range(200), logits.argmax(1)]
     assert share.sum().item() == pytest.approx(agree.sum().item(), rel=1e-5)
     inside = probability / count.clamp(min=1) * 15
