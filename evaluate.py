@@ -58,7 +58,8 @@ PAPER = {
 # What config.json says of a run beside its settings.
 ABOUT = ("command", "commit", "processes", "python", "torch", "torchvision")
 # Columns of the comparison: key of a result, heading, in per cent or not.
-COLUMNS = [("accuracy", "accuracy", True), ("mean_class_accuracy", "mean class", True),
+COLUMNS = [("held_out_accuracy", "held out", True),
+           ("accuracy", "accuracy", True), ("mean_class_accuracy", "mean class", True),
            ("inside_candidate_set", "in set", True), ("vote_nll", "NLL", False),
            ("vote_calibration_error", "ECE", True),
            ("accuracy_without_duplicates", "no dupl.", True), ("accuracy_on_truth", "truth", True),
@@ -212,6 +213,8 @@ def evaluate(path, split, overrides):
               "images_per_second": speed, "notes": faces.notes,
               **measure(logits, faces, classes, new),
               **{k: v for k, v in last.items() if k.startswith("revised")}}
+    if run.config["val"]:                        # of the training set, what choices are made on
+        result["held_out_accuracy"] = last["val_accuracy"]
     if run.rank == 0:
         text = json.dumps(result, indent=1) + "\n"
         replace_file(kept, lambda file: file.write(text.encode()))
@@ -593,7 +596,7 @@ def main(argv=None):
                 tell("\n" + save_pictures(folder_of(path) / "pictures", draw()))
     if not args.json and (len(args.runs) > 1 or args.markdown):
         tell("\n".join(comparison(results, args.markdown)))
-        if len(args.runs) > 1:
+        if not args.markdown:
             tell(save_pictures(Path("runs/pictures"), {"curves": curves(logs)}))
 
 

@@ -26,7 +26,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -216,6 +216,9 @@ def make_parser(description, settings):
     add("--partial", action="store_true", help="accept a data set of unofficial size")
     add("--align", default="points", choices=("points", "given"),
         help="RAF-DB: align by the five points, or take its own aligned images (%(default)s)")
+    add("--accumulate", type=int, default=1, help="parts a process's share of a batch is computed "
+        "in, for less memory (%(default)s)")
+    add("--compile", action="store_true", help="torch.compile the network (needs a C++ compiler)")
     add("--cache", default="runs/cache", help="folder of the memory maps (%(default)s)")
     for name, (paper, laptop, low, _, meaning) in settings.items():
         add("--" + name.replace("_", "-"), type=type(paper),
@@ -233,9 +236,9 @@ def resolve(args, settings, stage, overrides=None):
     config["scale"] = args.scale or ("laptop" if args.data == "toy" else "paper")
     config["stage"] = stage
     config["workers"] = 2 * (config["scale"] == "paper") if args.workers is None else args.workers
-    for name, high in (("seed", 2**32), ("workers", 1000)):
-        if not 0 <= config[name] <= high:
-            raise InputError(f"--{name} {config[name]}: give a number from 0 to {high}")
+    for name, low, high in (("seed", 0, 2**32), ("workers", 0, 1000), ("accumulate", 1, 100_000)):
+        if not low <= config[name] <= high:
+            raise InputError(f"--{name} {config[name]}: give a number from {low} to {high}")
     for name, (paper, _, low, high, _) in settings.items():
         if config[name] is None:
             column = 0 if config["scale"] == "paper" else 1
@@ -262,11 +265,14 @@ def resolve(args, settings, stage, overrides=None):
 
 @dataclass
 class Run:
-    """A run's settings and its place among the processes."""
+    """A run's settings and its place among the processes; `part` is what it computes just now."""
     config: dict
     rank: int
     world: int
     device: torch.device
+    parts: int = 1                           # --accumulate: parts of a process's share of a batch
+    part: int = 0
+    loader: DataLoader = None                # kept from epoch to epoch with its worker processes
     seconds: dict = field(default_factory=lambda: {"data": 0.0, "target": 0.0})
 
     @property
@@ -274,10 +280,16 @@ class Run:
         return Path(self.config["out"])
 
     @property
-    def rows(self):
+    def share(self):
         """This process's rows of the global batch."""
         size = self.config["batch_size"] // self.world
         return range(self.rank * size, (self.rank + 1) * size)
+
+    @property
+    def rows(self):
+        """The rows of the part that is computed now."""
+        size = len(self.share) // self.parts
+        return self.share[self.part * size:(self.part + 1) * size]
 
     @contextmanager
     def timed(self, name):
@@ -310,7 +322,7 @@ def start(config):
         store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=world, timeout=timedelta(hours=12))
-    return Run(config, rank, world, device)
+    return Run(config, rank, world, device, config["accumulate"])
 
 
 def parameters(model):
@@ -563,7 +575,8 @@ def write_config(run):
     say(run, "settings: " + "  ".join(f"{k}={v}" for k, v in run.config.items()
                                       if v is not None and v is not False))
     size = run.config["batch_size"]
-    say(run, f"global batch {size} = {run.world} x {len(run.rows)}, {run.device}")
+    parts = f" x {run.parts} parts" * (run.parts > 1)
+    say(run, f"global batch {size} = {run.world}{parts} x {len(run.rows)}, {run.device}")
 
 
 # ------------------------------------------------------------------ what both stages need: the loop
@@ -578,10 +591,14 @@ def batches(run, faces, epoch, first):
     generator = torch.Generator().manual_seed(run.config["seed"] * 1_000_003 + epoch)
     order = torch.randperm(len(faces), generator=generator)                # Algorithm 1, line 3
     steps = len(faces) // size
-    local = order[:steps * size].reshape(steps, size)[first:, run.rows.start:run.rows.stop]
-    loader = DataLoader(faces, sampler=local.tolist(), batch_size=None,
-                        num_workers=run.config["workers"], pin_memory=run.device.type == "cuda")
-    loaded = iter(loader)
+    local = order[:steps * size].reshape(steps, size)[first:, run.share.start:run.share.stop]
+    if run.loader is None:
+        workers = run.config["workers"]
+        run.loader = DataLoader(faces, sampler=[], batch_size=None, num_workers=workers,
+                                persistent_workers=workers > 0,
+                                pin_memory=run.device.type == "cuda")
+    run.loader.sampler[:] = local.tolist()
+    loaded = iter(run.loader)
     for indices in local:
         with run.timed("data"):
             images = next(loaded).to(run.device, non_blocking=True)        # uint8 (b, C, S, S)
@@ -590,11 +607,11 @@ def batches(run, faces, epoch, first):
 
 def steps_per_epoch(run, faces):
     """Whole batches in the training set; InputError for a batch that cannot be had or divided."""
-    size = run.config["batch_size"]
-    if size % run.world:
-        nearest = max(round(size / run.world), 1) * run.world
-        raise InputError(f"--batch-size {size} cannot be divided among {run.world} processes; the "
-                         f"nearest that can is {nearest}")
+    size, unit = run.config["batch_size"], run.world * run.parts
+    if size % unit:
+        parts = f" of {run.parts} parts" * (run.parts > 1)
+        raise InputError(f"--batch-size {size} cannot be divided among {run.world} processes{parts}"
+                         f"; the nearest that can is {max(round(size / unit), 1) * unit}")
     if size > len(faces):
         raise InputError(f"--batch-size {size} is more than the {len(faces)} faces")
     return len(faces) // size
@@ -602,12 +619,12 @@ def steps_per_epoch(run, faces):
 
 def update(model, optimizer, scaler, loss, clip):
     """One step down the gradient of the loss, its norm clipped."""
-    optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(model.parameters(), clip)
     scaler.step(optimizer)                                   # Algorithm 1, line 9
     scaler.update()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def not_finite(run, loss, step, lr, faces, indices):
@@ -623,6 +640,27 @@ def not_finite(run, loss, step, lr, faces, indices):
     return Stopped(next(text for text in found if text))
 
 
+def loss_in_parts(run, network, scaler, images, indices, step_loss, state):
+    """This process's loss of a batch, part by part: (loss of the last part, value of them all).
+
+    The gradients of all parts but the last are taken here, and add up; the last one's is left to
+    `update`, for which all processes meet.
+    """
+    total = 0.0
+    for run.part, (x, rows) in enumerate(zip(images.chunk(run.parts), indices.chunk(run.parts))):
+        last = run.part == run.parts - 1
+        with nullcontext() if last or run.world == 1 else network.no_sync():
+            loss, numbers = step_loss(network, x, rows, state["step"])
+            loss = loss / run.parts
+            if not last:
+                scaler.scale(loss).backward()
+        total = total + loss.detach()
+        for name, value in numbers.items():
+            value = value.detach().double() / run.parts
+            state["sums"][name] = state["sums"].get(name, 0) + value
+    return loss, total
+
+
 def train_epoch(run, network, optimizer, scaler, faces, step_loss, state, signals):
     """The steps of the epoch that are left; True if a signal to any process asks to stop."""
     c, steps = run.config, steps_per_epoch(run, faces)
@@ -636,13 +674,11 @@ def train_epoch(run, network, optimizer, scaler, faces, step_loss, state, signal
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         torch.manual_seed((c["seed"] * 1_000_003 + step) * run.world + run.rank)   # drop path
-        loss, numbers = step_loss(network, images, indices, step)
-        wrong, stop = anywhere(run, loss.isfinite().logical_not(), len(signals) > 0)
+        loss, total = loss_in_parts(run, network, scaler, images, indices, step_loss, state)
+        wrong, stop = anywhere(run, total.isfinite().logical_not(), len(signals) > 0)
         if wrong and not scaler.is_enabled():        # with fp16 the scaler leaves the step out
-            raise not_finite(run, loss, step, lr, faces, indices)
+            raise not_finite(run, total, step, lr, faces, indices)
         update(network, optimizer, scaler, loss, c["clip"])
-        for name, value in numbers.items():
-            state["sums"][name] = state["sums"].get(name, 0) + value.detach().double()
         state["step"] += 1
         if stop:
             return True
@@ -678,6 +714,7 @@ def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch
     if draw and not saved:
         save_picture(run, draw, 0, "before training")
     network = DistributedDataParallel(model) if run.world > 1 else model
+    network = torch.compile(network) if c["compile"] else network
     with caught_signals() as signals:
         while state["step"] < steps * c["epochs"]:           # Algorithm 1, line 2
             first, begin = state["step"], time.time()

@@ -76,11 +76,11 @@ SETTINGS = {
     "val": (0.0, 0.0, 0.0, 0.9, "share of the training set that is held out for validation"),
 }
 
+_plain = dict(head="linear", uniform_weight=0.0, init="imagenet")
+_mim = dict(head="linear", uniform_weight=0.0)
 # A row of the paper's tables is a line here: the settings in which it differs from the method.
 # Table 1 (rc, lw, pico on ResNet-18 as there, and on the ViT; cc and soft belong beside them), then
 # Table 2, Table 3 and Table 4. With --scale laptop, "imagenet" is "none": all start alike.
-_plain = dict(head="linear", uniform_weight=0.0, init="imagenet")
-_mim = dict(head="linear", uniform_weight=0.0)
 METHODS = {
     "ours": {},
     "baseline": dict(_plain, loss="ce"),
@@ -364,6 +364,9 @@ def check_combination(config):
     if config["revise"] and config["loss"] != "pll":
         raise InputError(f"--revise: Eq. (4-5) revise the confidence of --loss pll, not of --loss "
                          f"{config['loss']}")
+    if config["loss"] == "pico" and config["accumulate"] > 1:
+        raise InputError("--accumulate: PiCO's queue and momentum model move once a batch; use more "
+                         "processes or a smaller --batch-size")
     if config["loss"] == "pico" and config["queue"] < config["batch_size"]:
         raise InputError(f"--queue {config['queue']}: PiCO's queue must hold at least a batch, "
                          f"{config['batch_size']} keys")

@@ -118,7 +118,7 @@ class SelfAttention(nn.Module):
     def forward(self, x):
         batch, count, dim = x.shape
         qkv = self.qkv(x).reshape(batch, count, 3, self.heads, dim // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)    # 3 x (B, heads, N, d/heads)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))   # 3 x (B, heads, N, d/heads)
         x = F.scaled_dot_product_attention(q, k, v)       # (B, heads, N, d/heads)
         return self.proj(x.transpose(1, 2).reshape(batch, count, dim))   # (B, N, d)
 

@@ -17,6 +17,19 @@ TINY = ("--image-size 16 --patch-size 4 --dim 16 --depth 2 --heads 2 --batch-siz
         "--warmup-epochs 1").split()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--exercises", action="store_true",
+                     help="run tests/test_exercises.py too: each test fails until it is solved")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Exercises are skipped unless they are asked for."""
+    if not config.getoption("--exercises"):
+        for item in items:
+            if item.path.name == "test_exercises.py":
+                item.add_marker(pytest.mark.skip(reason="an exercise: pytest --exercises"))
+
+
 def run_script(script, *flags, processes=1, status=0, cwd=None):
     """Run a script as a user does and return the finished process; the exit status is checked."""
     command = [sys.executable]

@@ -44,6 +44,10 @@ def test_every_row_of_the_tables_is_one_command(method, method_run):
     (["--method", "pico", "--crop-scale", "1", "--degrees", "0", "--light", "0", "--erase", "0"],
      "compares two views of a face, which need augmentation"),
     (["--method", "pico", "--queue", "100"], "--queue 100: PiCO's queue must hold at least a b"),
+    (["--method", "pico", "--accumulate", "2"], "--accumulate: PiCO's queue and momentum model"),
+    (["--accumulate", "0"], "--accumulate 0: give a number from 1"),
+    (["--accumulate", "3"], "cannot be divided among 1 processes of 3 parts; the nearest that can "
+     "is 249"),
     (["--candidates", "uniform:2"], "--candidates uniform:2: choose votes, lw1"),
     (["--candidates", "lw3"], "--candidates lw3: choose votes, lw1"),
     (["--method", "mim-pixel"], "make it with: python "
@@ -207,6 +211,15 @@ def test_several_runs_are_compared_and_json_is_one_object_a_run(trained, cache, 
     objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [o["run"] for o in objects] == [str(trained), str(tmp_path)]
     assert f"{objects[1]['accuracy'] * 100:.1f}" in table[3]
+
+
+def test_what_was_held_out_has_a_column_of_its_own(tmp_path, cache, capsys):
+    train.main(flags_for("decoder", tmp_path, cache, "--val", "0.2"))
+    capsys.readouterr()
+    evaluate.main([str(tmp_path), "--markdown"])
+    head, _, row = (line.split(" | ") for line in capsys.readouterr().out.splitlines())
+    held = read_log(tmp_path)[-1]["val_accuracy"]
+    assert head[3:5] == ["held out", "accuracy"] and row[3] == f"{held * 100:.1f}"
 
 
 @pytest.mark.parametrize("revising", [True, False])

@@ -288,7 +288,14 @@ def test_curves_of_several_runs_have_a_colour_each(trained, method_run):
     pixels = np.asarray(evaluate.curves(logs))
     for colour in ((178, 34, 34), (70, 130, 180)):       # firebrick, steelblue
         assert (pixels == colour).all(-1).sum() > 200
-    assert not (np.asarray(evaluate.curves(logs[:1])) == (46, 139, 87)).all(-1).all()
+
+
+def test_a_comparison_draws_the_curves_of_its_runs(trained, method_run, tmp_path, capsys,
+                                                   monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluate.main([str(trained), str(method_run("decoder"))])
+    assert capsys.readouterr().out.splitlines()[-1] == "pictures: runs/pictures (curves)"
+    assert (tmp_path / "runs/pictures/curves.png").exists()
 
 
 def test_a_method_without_label_queries_has_pictures_too(method_run, cache, capsys):

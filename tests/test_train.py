@@ -88,6 +88,56 @@ def test_two_processes_equal_one(script, flags, tmp_path, cache):
         assert differing < 0.002 and is_revised(two["confidence"])[several].float().mean() > 0.2
 
 
+@pytest.mark.parametrize("script, flags", [
+    (pretrain, ["--decoder-dim", "8", "--decoder-heads", "2"]),
+    (train, ["--init", "none", "--warmup-revision", "1", "--threshold", "0.01", "--lr", "1e-3"])])
+def test_a_batch_in_parts_equals_a_whole_one(script, flags, tmp_path, cache):
+    """16 steps of each stage, each in five parts: less memory, the same run but for rounding."""
+    flags = [*TINY, *flags, "--cache", str(cache)]
+    script.main([*flags, "--out", str(tmp_path / "whole")])
+    script.main([*flags, "--out", str(tmp_path / "parts"), "--accumulate", "5"])
+    assert same(read_log(tmp_path / "whole"), read_log(tmp_path / "parts"), 1e-4)
+    assert same(read_state(tmp_path / "whole")["model"], read_state(tmp_path / "parts")["model"],
+                1e-3)
+
+
+def test_two_processes_in_parts_equal_one(tmp_path, cache):
+    """The gradients of the parts are summed in each process and exchanged once."""
+    flags = [*TINY, "--init", "none", "--lr", "1e-3", "--cache", cache, "--epochs", 1,
+             "--warmup-epochs", 0]
+    run_script("train.py", *flags, "--out", tmp_path / "one")
+    done = run_script("train.py", *flags, "--out", tmp_path / "two", "--accumulate", 5, processes=2)
+    assert "global batch 250 = 2 x 5 parts x 25, cpu" in done.stdout
+    assert same(read_log(tmp_path / "one"), read_log(tmp_path / "two"), 1e-4)
+    assert read_state(tmp_path / "one")["confidence"].equal(
+        read_state(tmp_path / "two")["confidence"])
+
+
+def test_a_loss_that_is_not_finite_in_an_early_part_stops_the_run(tmp_path, cache, monkeypatch):
+    losses, whole = [], train.pll_loss
+
+    def broken(*args):                          # twice a part: the loss, and the trivial answer
+        losses.append(1)
+        return whole(*args) * (float("nan") if len(losses) == 1 else 1.0)
+    monkeypatch.setattr(train, "pll_loss", broken)
+    with pytest.raises(pretrain.Stopped, match="loss nan .* at step 0"):
+        train.main([*TINY, "--init", "none", "--accumulate", "2", "--out", str(tmp_path), "--cache",
+                    str(cache)])
+
+
+def test_a_compiled_network_is_the_same_network(tmp_path, cache, monkeypatch):
+    """Compiled by the backend that changes nothing: its checkpoint has the plain names."""
+    compiled, plain = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network: (
+        compiled.append(network), plain(network, backend="eager"))[1])
+    flags = [*TINY, "--init", "none", "--epochs", "1", "--cache", str(cache), "--out"]
+    train.main([*flags, str(tmp_path / "plain")])
+    train.main([*flags, str(tmp_path / "compiled"), "--compile"])
+    assert len(compiled) == 1
+    a, b = read_state(tmp_path / "plain")["model"], read_state(tmp_path / "compiled")["model"]
+    assert same(a, b, 1e-6)
+
+
 def test_evaluation_prints_text_and_json_and_is_exact_with_two_processes(trained, cache):
     text = run_script("evaluate.py", trained).stdout
     result = json.loads(run_script("evaluate.py", trained, "--json").stdout)

@@ -1,0 +1,167 @@
+"""The README is true: its map, its commands, its switches, its numbers.
+
+Run:  python -m pytest tests/test_readme.py
+"""
+import argparse
+import ast
+import importlib
+import json
+import re
+import shlex
+
+import pytest
+
+from conftest import ROOT
+
+FILES = "vit hog pretrain decoder pll datasets train evaluate".split()
+TEXT = (ROOT / "README.md").read_text()
+REFERENCE = r"Eq\. \(\d\)|Sec\. \d(?:\.\d)*|Fig\. \d|Algorithm 1, lines? \d(?:, \d)*|Table \d"
+
+
+def references(text):
+    """What of the paper a text names, single: "Algorithm 1, lines 7, 8" are two."""
+    found = set()
+    for name in re.findall(REFERENCE, text):
+        if name.startswith("Algorithm"):
+            found |= {f"Algorithm 1, line {n}" for n in re.findall(r"\d", name[11:])}
+        else:
+            found.add(name)
+    return found
+
+
+def sources():
+    """{"pll.py:pll_loss": its source} of every function, class and table of settings; a picture of
+    an equation is no part of the equation's code."""
+    found = {}
+    for file in FILES:
+        code = (ROOT / f"{file}.py").read_text()
+        lines = code.splitlines()
+        for node in ast.parse(code).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "").isupper():
+                begin = node.lineno - 1                  # with the comment above it
+                while lines[begin - 1].startswith("#"):
+                    begin -= 1
+                found[f"{file}.py:{node.targets[0].id}"] = "\n".join(lines[begin:node.end_lineno])
+            elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found[f"{file}.py:{node.name}"] = "\n".join(lines[node.lineno - 1:node.end_lineno])
+    return found
+
+
+def tags(source):
+    """References in the docstring's first sentence or in a comment at the end of a line."""
+    first = re.search(r'"""(.*?)(\.\s|\.?""")', source, re.DOTALL)
+    comments = re.findall(r"  # (.*)$", source, re.MULTILINE)
+    return references(" ".join([first.group(1).replace("\n", " ") if first else "", *comments]))
+
+
+def the_map():
+    """Rows of the table: (references, places in the code, tests)."""
+    part = TEXT.split("## How the paper becomes code")[1].split("\n## ")[0]
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in part.splitlines()
+            if line.startswith("| ")]
+    return [(references(row[0]), re.findall(r"`(\w+\.py:\w+)`", row[2]),
+             re.findall(r"`(test_\w+\.py::\w+)`", row[3])) for row in rows
+            if not set(row[0]) <= set(" -") and "paper" != row[0].strip()]
+
+
+def test_every_row_of_the_map_names_code_that_says_so_and_a_test_that_exists():
+    code, rows = sources(), the_map()
+    assert len(rows) >= 15
+    for named, places, tests in rows:
+        assert named and places and tests, (named, places, tests)
+        for place in places:
+            assert place in code, place
+            missing = named - references(code[place])
+            assert not missing, f"{place} does not say {missing}"
+        for test in tests:
+            file, name = test.split("::")
+            assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE)
+
+
+def test_whatever_the_code_tags_stands_in_the_map():
+    listed = {}
+    for named, places, _ in the_map():
+        for place in places:
+            listed.setdefault(place, set()).update(named)
+    for place, source in sources().items():
+        missing = tags(source) - listed.get(place, set())
+        assert not missing, f"{place} is tagged {missing}, the README's map does not say so"
+
+
+def test_the_whole_paper_is_in_the_map():
+    named = set().union(*(row[0] for row in the_map()))
+    wanted = {f"Eq. ({n})" for n in range(1, 6)} | {f"Algorithm 1, line {n}" for n in range(1, 10)}
+    wanted |= {f"Table {n}" for n in range(1, 5)} | {"Fig. 2", "Fig. 3", "Fig. 4", "Sec. 3.1",
+                                                     "Sec. 3.2", "Sec. 3.3", "Sec. 3.3.1",
+                                                     "Sec. 3.3.2", "Sec. 4.1", "Sec. 4.2"}
+    assert wanted <= named, wanted - named
+
+
+def commands():
+    """Every command of the README that runs a file of ours: (file, list of arguments)."""
+    blocks = re.findall(r"```\n(.*?)```", TEXT, re.DOTALL)
+    inline = re.findall(r"`((?:python|torchrun) [^`]*)`", re.sub(r"```.*?```", "", TEXT,
+                                                                flags=re.DOTALL))
+    found, stand_ins = [], {"$m": "ours", "$s": "0", "D": "toy"}
+    for block in blocks + inline:
+        for command in re.split(r"\n|&&|;", block.replace("\\\n", " ")):
+            match = re.search(r"(?:python|torchrun[^.]*?) (?:\.\./\.\./)?(\w+)\.py(.*)", command)
+            if match and "..." not in match[0]:
+                arguments = shlex.split(match[2].rstrip(")"))
+                found.append((match[1], [stand_ins.get(a, a) for a in arguments]))
+    return found
+
+
+class Parsed(Exception):
+    """The command line was read without an error."""
+
+
+def parse_alone(monkeypatch):
+    """Let every script stop once its real parser has read the command line."""
+    parse, seen = argparse.ArgumentParser.parse_args, []
+
+    def stop(self, args=None, namespace=None):
+        seen.append(self)
+        parse(self, args, namespace)
+        raise Parsed
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    return seen
+
+
+def test_every_command_of_the_readme_is_read_by_the_real_parsers(monkeypatch):
+    parse_alone(monkeypatch)
+    found = commands()
+    assert {file for file, _ in found} >= set(FILES) - {"vit"}
+    for file, arguments in found:
+        with pytest.raises(Parsed):
+            importlib.import_module(file).main(arguments)
+
+
+def test_every_switch_of_the_readme_exists(monkeypatch):
+    parsers = parse_alone(monkeypatch)
+    for file in ("hog", "decoder", "pll", "datasets", "pretrain", "train", "evaluate"):
+        with pytest.raises(Parsed):
+            importlib.import_module(file).main([])
+    known = {flag for parser in parsers for flag in parser._option_string_actions}
+    others = {"--nproc_per_node", "--max-restarts", "--exercises", "--only", "--repeats", "--quick",
+              "--standalone"}        # of torchrun, of pytest here and of tests/benchmark.py
+    for switch in re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT):
+        assert switch in known | others, switch
+
+
+def test_every_file_and_test_that_the_readme_names_exists():
+    for name in re.findall(r"`(tests/\w+\.py|\w+\.py)`", TEXT):
+        assert (ROOT / name).is_file() or (ROOT / "tests" / name).is_file(), name
+    for name in re.findall(r"`(test_\w+)`", TEXT):
+        assert any(f"def {name}(" in p.read_text() for p in (ROOT / "tests").glob("*.py")), name
+    for picture in re.findall(r"\.github/[\w-]+\.png", TEXT):
+        assert (ROOT / picture).is_file(), picture
+    assert len(TEXT.splitlines()) <= 420
+
+
+def test_the_accuracy_that_the_readme_shows_is_what_the_first_command_reaches():
+    kept = ROOT / "runs/train-toy/test.json"
+    if not kept.is_file():
+        pytest.skip("made by the README's first command, which was not run here")
+    shown = float(re.search(r"accuracy +(\d+\.\d+)% +of 1000 faces", TEXT)[1])
+    assert json.loads(kept.read_text())["accuracy"] * 100 == pytest.approx(shown, abs=4)
