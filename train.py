@@ -362,11 +362,11 @@ def check_combination(config):
         raise InputError("--uniform-weight: a linear head has no label queries to spread; choose "
                          "--head decoder or --uniform-weight 0")
     if config["revise"] and config["loss"] != "pll":
-        raise InputError(f"--revise: Eq. (4-5) revise the confidence of --loss pll, not of --loss "
+        raise InputError("--revise: Eq. (4-5) revise the confidence of --loss pll, not of --loss "
                          f"{config['loss']}")
     if config["loss"] == "pico" and config["accumulate"] > 1:
-        raise InputError("--accumulate: PiCO's queue and momentum model move once a batch; use more "
-                         "processes or a smaller --batch-size")
+        raise InputError("--accumulate: PiCO's queue and momentum model move once a batch; use "
+                         "more processes or a smaller --batch-size")
     if config["loss"] == "pico" and config["queue"] < config["batch_size"]:
         raise InputError(f"--queue {config['queue']}: PiCO's queue must hold at least a batch, "
                          f"{config['batch_size']} keys")

@@ -1,10 +1,11 @@
 """Ten exercises on the paper: each asks for a change of ONE function, 1 to 15 lines of it.
 
-A test here fails on the project as it is and passes with a right solution; how the solution is
-written is free. Without --exercises all of them are skipped. Work on a branch, an exercise at a
-time: a solution that departs from the paper makes those tests red that state the paper. Each
-exercise names them ("red now"); any other test that turns red is a mistake in the solution, and
-after the exercise the branch can be thrown away. All ten solutions also work together.
+Paper: Sec. 3, Algorithm 1 and the tables of Sec. 4. A test here fails on the project as it is and
+passes with a right solution; how that is written is free. Without --exercises all are skipped.
+Work on a branch, an exercise at a time: a solution that departs from the paper makes those tests
+red that state the paper. Each exercise names them ("Red afterwards"); if another one turns red,
+look for a mistake. Leave the docstrings' references to the paper, which test_readme.py reads. The
+ten solutions also work together.
 
 Run:  python -m pytest --exercises tests/test_exercises.py -k exercise_1_
       python -m pytest                                        (what else has changed)
@@ -40,7 +41,9 @@ def test_exercise_1_a_flat_cheek_is_not_an_edge():
     Which of these two invariances is lost, and in which cells of a face was it no virtue? What did
     the squared error of pre-training ask for in a flat cell, and what does it ask for there now?
     Hint: what does F.normalize divide by?
-    Red now: RED1
+    Red afterwards: hard_binning_is_maskfeats_layer, brightness_contrast_and_negation,
+    flat_image_gives_zero and linear_binning_splits in test_hog.py; hog_targets in
+    test_equations.py.
     """
     for binning, share in (("hard", 1.0), ("linear", math.hypot(0.75, 0.25))):
         for slope in (1e-4, 1e-3, 1e-2, 1.0):       # of an even ramp; Sobel's gradient is 8 slope
@@ -70,8 +73,9 @@ def test_exercise_2_hide_the_mouth():
     Question: Sec. 3.2 says that masking forces the ViT to learn local action units, and that the
     encoder sees visible patches only. What does the encoder know about mouths after this
     pre-training? Would `--encoder maskfeat` know more? How do random crops blunt the rule?
-    Hint: the patches with the smallest noise are masked.
-    Red now: that random masking is uniform, and its slow twin.
+    Hint: the patches with the smallest noise are masked. TEMPLATE may be imported at the top.
+    Red afterwards: random_masking_is_uniform in test_pretrain.py, random_masking in
+    test_equations.py.
     """
     for grid, count, mouth in ((14, 79, [159, 160, 161, 162]), (6, 15, [26, 27])):
         others = torch.ones(grid * grid, dtype=torch.bool)
@@ -94,10 +98,12 @@ def test_exercise_3_start_from_the_queries():
     and which we follow, starts from zero and only adds Q inside attention. Start x from Q; all
     else stays (Q is still added inside attention).
 
-    Question: with zero the first self-attention is idle. Why, and what can one layer not do then?
-    Think of an image between fear and surprise: how could their queries use what the other found?
+    Question: which of the two does the paper mean? With zero the first self-attention is idle: why,
+    and what can a decoder of one layer not do then? Think of a face between fear and surprise: how
+    could their queries use what the other one found?
     Hint: one line.
-    Red now: nothing. Which of the two readings does the paper mean?
+    Red afterwards: nothing but, by chance, a_label_is_learned_from_sets in test_train.py, a short
+    training from one seed (rounding decides).
     """
     for layers in (1, 2):
         torch.manual_seed(0)
@@ -124,8 +130,8 @@ def test_exercise_4_the_greater_part_of_the_crowd():
 
     Question: one vote in ten makes a candidate now. For which of the two rules is Eq. (1) more
     nearly true, and which sets are smaller? What does |Y| mean for the threshold of Eq. (5)?
-    Hint: sort, cumsum; a label is left out if those with more votes than it hold the share already.
-    Red now: nothing.
+    Hint: sort, cumsum; a label is left out if those with more votes hold the share already.
+    Red afterwards: nothing.
     """
     votes = torch.tensor([[6.0, 2, 1, 1, 0], [4, 4, 2, 0, 0], [0, 0, 0, 0, 10], [2, 2, 2, 2, 2]])
     sets = lambda share: pll.candidates_from_votes(votes, share=share).int().tolist()
@@ -157,7 +163,8 @@ def test_exercise_5_one_response_for_loss_and_revision():
     the lead v1 - v2 of Eq. (4)? With this loss, what is the lead where phi has become C = Y / |Y|?
     Does the softmax fare better where it has become C? What, then, makes a revision possible?
     Hint: torch has the stable form.
-    Red now: what states Eq. (2) as printed, and Algorithm 1's slow twin.
+    Red afterwards: eq2_with_one_candidate_is_cross_entropy and eq2_is_least_where in test_pll.py;
+    eq2 and algorithm_1 in test_equations.py.
     """
     torch.manual_seed(0)
     logits = (torch.randn(50, 7) * 3).requires_grad_()
@@ -186,7 +193,8 @@ def test_exercise_6_no_label_is_its_own_neighbour():
     Eq. (3), and what would you weight to give rare classes more room? Is the regular simplex still
     the optimum after your change, and after that one?
     Hint: logsumexp ignores minus infinity.
-    Red now: the slow twins of Eq. (3) and Algorithm 1, and what compares with `uniform_optimum`.
+    Red afterwards: eq3 and algorithm_1 in test_equations.py; in test_pll.py what compares with
+    `uniform_optimum`, eq3_is_least_at_the_simplex and minimising_eq3_reaches_the_simplex.
     """
     torch.manual_seed(0)
     queries = torch.randn(7, 12)
@@ -230,7 +238,9 @@ def test_exercise_7_a_revision_that_can_be_undone():
     Eq. (4). How large a lead can it get, and does Eq. (5) fire for it? Which early errors does the
     paper's rule keep, and how does our warm-up before the first revision soften that?
     Hint: what should become of a row, no longer one-hot, whose lead is not above the threshold?
-    Red now: Eq. (5)'s and Algorithm 1's slow twins, and what asks `is_revised` (the log's too).
+    Red afterwards: what expects one-hot rows. eq4_and_eq5 and algorithm_1 in test_equations.py;
+    a_threshold_of_half in test_pll.py; in test_train.py confidence_after_training, two_processes
+    and a_label_is_learned_from_sets. (`is_revised`, and so the log, counts one-hot rows alone.)
     """
     torch.manual_seed(0)
     Y = torch.zeros(60, 7, dtype=torch.bool)
@@ -265,7 +275,8 @@ def test_exercise_8_a_threshold_for_sets_of_every_size():
     two, of three, of five, in the paper's rule and in yours? Which faces does the paper's rule
     disambiguate first, whatever the network has learned, and is that good?
     Hint: a threshold a row.
-    Red now: Eq. (5)'s and Algorithm 1's slow twins, and the test that 1/2 never fires.
+    Red afterwards: eq4_and_eq5 and algorithm_1 in test_equations.py; a_threshold_of_half in
+    test_pll.py.
     """
     label = torch.tensor([0, 1, 1, 0])
     for size in range(2, 8):
@@ -305,10 +316,10 @@ def test_exercise_9_the_last_batch_is_smaller(tmp_path):
 
     Question: gradients are averaged over the processes anyway. Why must every process also know
     every row of C (think of the next epoch's shuffle)? Let share_rows return its own arguments:
-    which test of test_train.py fails? And what would the mean of the gradients do to the faces of
-    a smaller last batch?
+    which tests fail? And how much would a face count that is alone in its process, when the
+    gradients of the processes are averaged?
     Hint: all_gather wants equal shapes; tell each other the lengths first.
-    Red now: nothing.
+    Red afterwards: nothing.
     """
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=share_in_two_processes, args=(rank, str(tmp_path)))
@@ -318,7 +329,7 @@ def test_exercise_9_the_last_batch_is_smaller(tmp_path):
     for process in processes:
         process.join(timeout=120)
         process.kill()
-    assert all((tmp_path / f"{rank}.pt").exists() for rank in range(2)), "sharing failed, see above"
+    assert sorted(p.name for p in tmp_path.glob("*.pt")) == ["0.pt", "1.pt"], "a process failed"
     zero, one = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for (indices, rows), (indices_1, rows_1) in zip(zero, one):
         assert indices.equal(indices_1) and rows.equal(rows_1) and rows.dtype == rows_1.dtype
@@ -340,7 +351,7 @@ def test_exercise_10_who_gains_from_candidate_sets():
     paper is right? What can the best recogniser reach there, when a second crowd would vote
     otherwise? Compare `--method ours` with `--method baseline` on the toy: what do you see?
     Hint: `candidates` is there already.
-    Red now: nothing.
+    Red afterwards: nothing.
     """
     votes = torch.tensor([[9.0, 0, 0], [0, 9, 0], [5, 4, 0], [0, 4, 5], [6, 3, 0], [4, 3, 2]])
     labels, predicted = votes.argmax(dim=1), torch.tensor([0, 1, 0, 0, 1, 0])
