@@ -2,8 +2,8 @@
 
 Paper: Sec. 3.2 and Fig. 3, settings of Sec. 4.2. The encoder sees the visible patches only (as MAE,
 He et al. 2022), a light decoder predicts the HOG of the masked ones (as MaskFeat, Wei et al. 2022)
-and is discarded afterwards. The second half of the file is what both stages need: settings,
-processes, schedule, checkpoints and the loop over epochs.
+and is discarded afterwards. The middle of the file is what both stages need: settings, processes,
+schedule, checkpoints and the loop over epochs.
 
     name        shape          meaning
     images      (B, 3, H, H)   an augmented batch
@@ -54,6 +54,8 @@ MODEL_SETTINGS = {
     "depth": (12, 6, 1, 100, "blocks of the encoder"),
     "heads": (12, 4, 1, 64, "attention heads of the encoder"),
 }
+# Epochs, batch size, learning rate and mask ratio are the paper's (Sec. 4.2), the decoder is MAE's,
+# all else MaskFeat's.
 SETTINGS = {
     **MODEL_SETTINGS,
     "decoder_dim": (512, 96, 4, 4096, "width of the reconstruction decoder"),

@@ -42,7 +42,8 @@ from pretrain import (MODEL_SETTINGS, autocast, build_encoder, command_line, fit
 from vit import from_torchvision, interpolate_positions
 
 # setting: (paper, laptop, smallest, largest, meaning), or for a choice: (paper, laptop, choices,
-# None, meaning). Every one is a flag of the same name.
+# None, meaning). Every one is a flag of the same name. Batch size, learning rate and weight decay
+# are the paper's (Sec. 4.2), epochs, warm-up, layer decay and drop path MaskFeat's.
 SETTINGS = {
     **MODEL_SETTINGS,
     "model": ("vit", "vit", ("vit", "resnet18"), None, "backbone; Table 2 has ResNet-18"),
@@ -215,6 +216,9 @@ def pretrained_weights(config):
     if not state["log"]:
         raise InputError(f"{where}: stopped within its first epoch; go on with pretrain.py "
                          "--resume")
+    if state["config"]["heads"] != config["heads"]:      # no tensor's shape tells
+        raise InputError(f"{where}: pre-trained with --heads {state['config']['heads']}; give the "
+                         "same")
     weights = {k.removeprefix("encoder."): v for k, v in state["model"].items()
                if k.startswith("encoder.")}
     return f"{where} (epoch {len(state['log'])})", weights

@@ -184,6 +184,11 @@ def test_runs_that_differ_in_the_seed_are_one_row_with_mean_and_spread():
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_rows_that_say_so():
+    laptop, val = result(0.7, 0, "--scale", "laptop"), result(0.7, 0)
+    val[0]["split"] = "val"                    # neither stands beside the paper's figure
+    for run, name in ((laptop, "| ours, scale laptop"), (val, "| ours")):
+        line = comparison([run, result(0.8, 0, "--method", "decoder")], True)[2]
+        assert line.split(" | ")[0] == name and line.endswith("| - |")
     lines = comparison([result(0.8, 0, "--init", "runs/pretrain-raf"),
                         result(0.9, 1, "--init", "runs/pretrain-raf-seed1"),
                         result(0.5, 0, "--init", "none"), result(0.6, 0, "--lr", "1.0"),

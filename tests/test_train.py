@@ -262,6 +262,13 @@ def test_the_other_ways_of_pre_training_learn_too(flags, tmp_path, cache):
     assert log[1]["loss"] < log[0]["loss"]
 
 
+def test_another_number_of_heads_is_no_secret(pretrained):
+    """It is in no tensor's shape, so that the weights alone would fit."""
+    config = {**train.parse(["--init", str(pretrained), *TINY]), "heads": 4}
+    with pytest.raises(InputError, match="pre-trained with --heads 2; give the same"):
+        train.initial_weights(config, pretrain.build_encoder(config))
+
+
 def test_imagenet_weights_are_torchvisions(monkeypatch):
     weights = torchvision.models.vit_b_16(weights=None).state_dict()
     monkeypatch.setattr(torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.__class__,
