@@ -247,11 +247,9 @@ def layout_error(data, data_dir, found):
 def voted_label(votes, classes, convention):
     """The crowd's label (Sec. 4.1) from the counts of all columns (`classes` real ones first).
 
-    None if there is no such label.
-
-    "argmax": the most voted class, the first of several; None if another column (unknown, no face)
-    has as many votes. "majority" (FER+): columns with a single vote are set to 0, and the top must
-    then have more than half of what is left.
+    None if there is no such label. "argmax": the most voted class, the first of several; None if
+    another column (unknown, no face) has as many votes. "majority" (FER+): columns with a single
+    vote are set to 0, and the top must then have more than half of what is left.
     """
     votes = np.asarray(votes)
     if convention == "majority":
@@ -416,6 +414,8 @@ def list_affectnet(data, root, split, partial):
             values = (np.load(points, allow_pickle=False) if isinstance(points, str) else
                       np.array(points[1].replace(";", " ").split(), float))
             landmarks = values.astype(float).reshape(68, 2)
+            if not np.isfinite(landmarks).all():
+                raise ValueError("not finite")
         except (OSError, ValueError, EOFError, AttributeError) as error:
             raise InputError(f"{where}: not 68 landmarks ({error})") from None
         return to_array(align(read_image(file, 3), five_points(landmarks), side), side)
@@ -614,8 +614,8 @@ def memory_map(found, data, split, side, cache):
     """All images of a listing as a read-only uint8 array (n, C, side, side) on disk, built once.
 
     The file's name holds a digest of the names, sizes and times of the sources and of the code that
-    reads them, so that what changed is read again. It is written beside and renamed: a half-built
-    file is never used.
+    reads and aligns images, so that what changed is read again; old files may be deleted. It is
+    written beside and renamed: a half-built file is never used.
     """
     code = "".join(map(inspect.getsource, (read_image, to_array, similarity, align, five_points)))
     digest = hashlib.sha256(repr((data, split, side, found.names, code)).encode())
@@ -719,9 +719,9 @@ def augment(images, u, size, data, scale=0.5, degrees=0.0, light=0.0, erase=0.0)
 
     images uint8 (B, C, S, S) -> normalised (B, 3, size, size). `u` (B, 12) in [0, 1) holds all that
     is random, a row a face, so that a face is augmented alike however a batch is divided. A crop
-    has an area from `scale` to 1 and sides as 3/4 to 4/3 (MaskFeat); `degrees`, `light` are the
-    largest rotation and change of brightness and contrast; `erase` is how often a rectangle is
-    replaced by the mean colour (Zhong et al. 2020).
+    has an area from `scale` to 1 and sides as 3/4 to 4/3 (MaskFeat), then cut to the image;
+    `degrees`, `light` are the largest rotation and change of brightness and contrast; `erase` is
+    how often a rectangle is replaced by the mean colour (Zhong et al. 2020).
     """
     spread = lambda k, a: (2 * u[:, k] - 1) * a                    # uniform in -a .. a, (B,)
     area, shape = scale + (1 - scale) * u[:, 0], torch.exp(spread(1, math.log(4 / 3)))

@@ -90,7 +90,10 @@ class LabelDecoder(nn.Module):
         initialise(self.layers)
 
     def forward(self, tokens, need_attention=False):
-        """Logits (B, K); with `need_attention` also each layer's map (B, layers, heads, K, HW)."""
+        """Logits (B, K); with `need_attention` also each layer's map (B, layers, heads, K, HW).
+
+        The maps are those of evaluation: without dropout.
+        """
         x = torch.zeros(len(tokens), *self.queries.shape, dtype=tokens.dtype, device=tokens.device)
         maps = []
         for layer in self.layers:                                         # x (B, K, d)
@@ -108,7 +111,7 @@ class LabelDecoder(nn.Module):
 class Cost:
     """Of one image forward: operations (a multiply-add is two), parameters, kept numbers.
 
-    Kept are the numbers that the backward pass needs, with attention that keeps no K x M matrix.
+    Kept are the activations that the backward pass needs; attention keeps no K x M matrix.
     """
     operations: int
     parameters: int
@@ -253,6 +256,8 @@ def main(argv=None):
     parser.add_argument("--faces", type=int, default=12_271, help="training faces (RAF-DB's)")
     parser.add_argument("--utilisation", type=float, default=0.35, help="share of the stated rate")
     args = parser.parse_args(argv)
+    if args.faces < 1 or not 0 < args.utilisation <= 1:
+        parser.error("give --faces from 1 and --utilisation above 0, at most 1")
     print("\n".join(cost_table(args.faces, args.utilisation)))
 
 

@@ -35,7 +35,7 @@ from datasets import (DATA, InputError, align, draw_matrix, hold_out, normalise,
 from decoder import attention_picture
 from pll import candidates_from_votes, cosines, simplex
 from pretrain import (FREE, Stopped, autocast, command_line, load_checkpoint, load_split,
-                      load_weights, replace_file, say, start)
+                      load_weights, replace_file, same_faces, say, start)
 from train import METHODS, accuracies, build_model, parse, predict
 
 
@@ -56,7 +56,8 @@ PAPER = {
     "decoder-revision": dict(raf=91.89, affectnet7=66.93),
 }
 # What config.json says of a run beside its settings.
-ABOUT = ("command", "commit", "processes", "python", "torch", "torchvision")
+ABOUT = ("command", "commit", "processes", "python", "torch", "torchvision", "deterministic",
+         "partial", "accumulate")
 # Columns of the comparison: key of a result, heading, in per cent or not.
 COLUMNS = [("held_out_accuracy", "held out", True),
            ("accuracy", "accuracy", True), ("mean_class_accuracy", "mean class", True),
@@ -191,15 +192,11 @@ def load_run(path, overrides):
 def evaluate(path, split, overrides):
     """One run on one split: (result as a dict, its settings, log, and a function for pictures).
 
-    The result is kept as SPLIT.json in the run's folder. A folder without weights (published
-    results) is taken at that file's word.
+    A run folder without weights (a published result) is taken at the word of its SPLIT.json.
     """
-    folder = folder_of(path)
-    kept = folder / f"{split}.json"
-    if kept.exists() and not (folder / "last.pt").exists():
-        config = json.loads((folder / "config.json").read_text())
-        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        return json.loads(kept.read_text()), config, log, None
+    kept = Path(path) / f"{split}.json"
+    if kept.exists() and not (Path(path) / "last.pt").exists():
+        return stored(Path(path), kept)
     model, run, state = load_run(path, overrides)
     data, classes = run.config["data"], DATA[run.config["data"]]["classes"]
     faces, new = load_split(run, split), None
@@ -210,15 +207,33 @@ def evaluate(path, split, overrides):
     speed = round(len(faces) / (time.time() - begin), 1)
     last = state["log"][-1]
     result = {"run": str(path), "data": data, "split": split, "epoch": last["epoch"],
-              "images_per_second": speed, "notes": faces.notes,
+              "step": state["step"], "images_per_second": speed, "notes": faces.notes,
               **measure(logits, faces, classes, new),
               **{k: v for k, v in last.items() if k.startswith("revised")}}
     if run.config["val"]:                        # of the training set, what choices are made on
         result["held_out_accuracy"] = last["val_accuracy"]
-    if run.rank == 0:
-        text = json.dumps(result, indent=1) + "\n"
-        replace_file(kept, lambda file: file.write(text.encode()))
     return result, run.config, state["log"], lambda: pictures(run, model, state, faces, logits)
+
+
+def stored(folder, kept):
+    """What `evaluate` returns, from the three json files of a published run."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        result = json.loads(kept.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: without last.pt, {kept.name}, config.json and log.jsonl must "
+                         f"be whole ({error})") from None
+    if not log:
+        raise InputError(f"{folder}/log.jsonl: holds no epoch; take another run")
+    return result, config, log, None
+
+
+def keep_result(path, result):
+    """SPLIT.json in a run's folder, by the first process; not for a checkpoint named by file."""
+    if Path(path).is_dir() and int(os.environ.get("RANK", 0)) == 0:
+        text = json.dumps(result, indent=1) + "\n"
+        replace_file(Path(path) / f"{result['split']}.json", lambda file: file.write(text.encode()))
 
 
 def comparable(config):
@@ -237,7 +252,7 @@ def departures(config):
                    config["scale"]])
     mine, alone = comparable(config), comparable(alone)
     scale = f", scale {config['scale']}" * (config["data"] != "toy" and config["scale"] != "paper")
-    return scale + "".join(f", {k} {config[k]}" for k in alone if mine.get(k) != alone[k])
+    return scale + "".join(f", {k} {config[k]}" for k in alone if mine.get(k, alone[k]) != alone[k])
 
 
 def comparison(results, markdown):
@@ -363,8 +378,8 @@ def reliability_picture(logits, votes):
             draw.ellipse((x - size / 2, y - size / 2, x + size / 2, y + size / 2), "steelblue")
     draw.line((*place(0, 0), *place(1, 1)), "firebrick", 3)
     draw.multiline_text((110, 120 + side), "across: probability of the predicted class\nup: share "
-                        "of the votes for it; area of a dot: faces\nred: what is believed is what "
-                        "the crowd says", "black", font(20), spacing=8)
+                        "of the votes for it; area of a dot: faces\nred line: perfect calibration",
+                        "black", font(20), spacing=8)
     return sheet
 
 
@@ -425,18 +440,23 @@ def pictures(run, model, state, faces, logits):
         before = build_model(c).head.queries.detach()
         after = model.head.queries.detach().cpu()
         made["queries"] = cosines([("before", before), ("after", after),
-                                   ("simplex", simplex(*after.shape))], classes)
+                                   ("simplex", simplex(*after.shape))], classes, c["tau"])
     if c["revise"]:
         made["disambiguation"] = disambiguated(run, model, state)
     return made
 
 
 def disambiguated(run, model, state):
-    """Fig. 4 of the first 18 training faces with three candidates or more; none is chosen."""
+    """Fig. 4 of the first 18 training faces whose sets have three labels, or as many as there are.
+
+    None is chosen by what became of it.
+    """
     faces = load_split(run, "train")
     if run.config["val"]:
         faces, _ = hold_out(faces, run.config["val"], run.config["seed"])
-    rows = (state["candidates"].sum(dim=1) >= 3).nonzero().flatten()[:18]
+    same_faces(run, state, faces)
+    sizes = state["candidates"].sum(dim=1)
+    rows = (sizes >= sizes.max().clamp(max=3)).nonzero().flatten()[:18]
     shown = faces.subset(rows)
     predicted = predict(run, model, shown).argmax(dim=1).cpu()
     return disambiguation(shown, state["candidates"][rows], state["confidence"][rows], predicted,
@@ -446,10 +466,6 @@ def disambiguated(run, model, state):
 def save_pictures(folder, made):
     """Write {name: PIL} as PNG files into a folder, by the first process; returns what to tell."""
     for name, picture in made.items() if int(os.environ.get("RANK", 0)) == 0 else ():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{folder}: cannot be written ({error.strerror})") from None
         replace_file(folder / f"{name}.png", lambda file: picture.save(file, "png"))
     return f"pictures: {folder} ({', '.join(made)})"
 
@@ -470,7 +486,7 @@ def read_landmarks(path):
 
 def read_face(path, about, side, landmarks):
     """A picture file as the model's input, uint8 (C, side, side): aligned, or its middle square."""
-    image = read_image(path, about["channels"])
+    image = ImageOps.exif_transpose(read_image(path, about["channels"]))   # a camera held upright
     if landmarks is None:
         return to_array(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC), side)
     points = landmarks.get(str(path), landmarks.get(path.name))
@@ -517,6 +533,8 @@ def recognise_files(args, overrides):
     """The command lines --image and --folder; status 1 at the end if a file could not be read."""
     model, run, state = load_run(args.runs[0], overrides)
     classes = state["classes"]
+    if run.rank > 0:
+        return                                   # one process is enough for a few pictures
     if args.folder:
         if not Path(args.folder).is_dir():
             raise InputError(f"--folder {args.folder}: no such folder")
@@ -572,7 +590,9 @@ def main(argv=None):
     add("runs", nargs="*", default=["runs/train-toy"], help="run folders (%(default)s)")
     add("--split", default="test", choices=("test", "val"), help="(%(default)s)")
     add("--data-dir", help="folder of the data set (as in training)")
-    add("--device", help="cuda, cpu, ... (cuda if there is one)")
+    add("--partial", action="store_true", help="accept a split of unofficial size")
+    add("--cache", help="folder of the memory maps (as in training)")
+    add("--device", help="cpu, cuda or cuda:N (cuda if there is one)")
     add("--json", action="store_true", help="print one JSON object a run")
     add("--markdown", action="store_true", help="print the comparison as a Markdown table")
     add("--image", nargs="+", help="recognise faces: picture files")
@@ -580,9 +600,12 @@ def main(argv=None):
     add("--csv", help="write what was recognised to this file (--folder: else to stdout)")
     add("--landmarks", help="align them: csv of image, x1, y1, ... x5, y5 (eyes, nose, mouth)")
     args = parser.parse_args(argv)
-    overrides = {"device": args.device, "deterministic": False}
-    if args.data_dir:
-        overrides["data_dir"] = args.data_dir
+    overrides = {"device": args.device, "deterministic": False, "accumulate": 1}
+    overrides.update({k: getattr(args, k) for k in ("data_dir", "partial", "cache")
+                      if getattr(args, k)})
+    asked = bool(args.image) + bool(args.folder)
+    if asked > 1 or (asked and len(args.runs) > 1) or (not asked and (args.csv or args.landmarks)):
+        raise InputError("--image or --folder takes one run; --csv and --landmarks go with them")
     if args.image or args.folder:
         return recognise_files(args, overrides)
     results, logs = [], []
@@ -599,6 +622,8 @@ def main(argv=None):
             tell("\n".join(result["notes"]) + "\n\n" + as_text(result, classes))
             if draw:
                 tell("\n" + save_pictures(folder_of(path) / "pictures", draw()))
+        if draw:
+            keep_result(path, result)
     if not args.json and (len(args.runs) > 1 or args.markdown):
         tell("\n".join(comparison(results, args.markdown)))
         if not args.markdown:

@@ -46,7 +46,9 @@ def gradients(images):
 
 
 def magnitude_and_angle(gx, gy):
-    """Length of the gradient and its orientation in bins, [0, 9); both finite with their gradients.
+    """Length of the gradient and its orientation in bins, -9 .. 9, which `hog` takes modulo 9.
+
+    Both are finite, and so are their gradients.
 
     Where the image is flat the angle has no meaning and the derivatives of sqrt and atan2 do not
     exist: such pixels are given length 0 and angle 0, constants.
@@ -101,7 +103,7 @@ def to_patches(histograms, cells):
     batch, channels, bins, height, width = histograms.shape
     rows, columns = height // cells, width // cells
     x = histograms.reshape(batch, channels * bins, rows, cells, columns, cells)
-    x = x.permute(0, 2, 4, 1, 3, 5)                                     # (B, r, c, C*9, ., .)
+    x = x.permute(0, 2, 4, 1, 3, 5)                                     # (B, rows, columns, ...)
     return x.reshape(batch, rows * columns, -1)                         # (B, N, C*9*cells^2)
 
 
@@ -161,7 +163,7 @@ def figure(image, cell=8, side=224, zoom=3):
     pixels = torch.from_numpy(np.asarray(image) / 255).permute(2, 0, 1)[None]      # (1, 3, S, S)
     magnitude, _ = magnitude_and_angle(*gradients(pixels.float()))
     strength = magnitude.mean(dim=1)[0]                                 # (S, S)
-    ink = 255 - (255 * (strength / strength.max()) ** 0.5).byte().numpy()
+    ink = 255 - (255 * (strength / strength.max().clamp(min=1e-9)) ** 0.5).byte().numpy()
     big, gap, top = side * zoom, 30, 60
     panels = [image, Image.fromarray(ink).convert("RGB"),
               glyphs(hog(pixels, cell)[0], cell * zoom)]
@@ -205,10 +207,14 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/hog.png", help="the picture (%(default)s)")
     args = parser.parse_args(argv)
     try:
-        image = Image.open(args.image).convert("RGB") if args.image else drawn_face()
+        if args.image:
+            with Image.open(args.image) as file:
+                image = file.convert("RGB")
+        else:
+            image = drawn_face()
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         figure(image).save(args.out)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         sys.exit(print(f"error: {error}; give --image a picture and --out a path ending in .png",
                        file=sys.stderr) or 2)
     print(f"HOG: {args.out}")

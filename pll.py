@@ -77,7 +77,7 @@ def uniform_transition(classes, chance):
 def initial_confidence(candidates, votes=None):
     """C_i = Y_i / |Y_i| (Sec. 3.3.2), or with `votes` the candidates' shares of them: (n, K)."""
     weights = candidates.float() if votes is None else candidates * votes
-    return weights / weights.sum(dim=1, keepdim=True)
+    return weights / weights.sum(dim=1, keepdim=True)                     # C_i = Y_i / |Y_i|
 
 
 # --------------------------------------------------------------------------------------- the losses
@@ -116,8 +116,8 @@ def simplex(classes, dim):
     if classes > dim + 1:
         raise ValueError(f"{classes} classes have no regular simplex in {dim} dimensions")
     corners = torch.eye(classes, dtype=torch.float64) - 1 / classes       # (K, K), of rank K - 1
-    basis = torch.linalg.svd(corners).Vh[:classes - 1]                    # (K-1, K), orthonormal
-    points = F.pad(corners @ basis.T, (0, dim - classes + 1))             # (K, d)
+    basis = torch.linalg.qr(corners[:, :-1]).Q                            # (K, K-1), orthonormal
+    points = F.pad(corners @ basis, (0, dim - classes + 1))               # (K, d)
     return F.normalize(points, dim=1).float()
 
 
@@ -272,7 +272,7 @@ def bars(draw, x, y, title, values, names, chosen=(), note=""):
 
 def story(threshold=0.1):
     """One sample from its votes to a single label, then the bound of the threshold: PIL RGB."""
-    names = ["surprise", "fear", "neutral", "anger", "sadness", "happy", "disgust"]
+    names = ["surprise", "fear", "neutral", "anger", "sadness", "happiness", "disgust"]
     votes = torch.tensor([[4.0, 5, 1, 0, 0, 0, 0]])
     candidates = candidates_from_votes(votes)
     start = initial_confidence(candidates)
@@ -328,7 +328,7 @@ def bound(draw, x, y, threshold):
                         spacing=8)
 
 
-def cosines(pairs, names, pixels=76):
+def cosines(pairs, names, tau=0.25, pixels=76):
     """Cosine matrices of label queries beside each other: [(title, (K, d))] -> PIL RGB.
 
     Blue is -1, white 0 and red 1; Eq. (3) is least where all are -1/(K-1) off the diagonal.
@@ -341,7 +341,7 @@ def cosines(pairs, names, pixels=76):
     for k, (title, queries) in enumerate(pairs):
         t = F.normalize(queries.float(), dim=1)                           # (K, d)
         x0 = left + k * (width + gap)
-        draw.text((x0, 20), f"{title}: Eq. (3) = {uniform_loss(queries, 0.25).item():.3f}", "black",
+        draw.text((x0, 20), f"{title}: Eq. (3) = {uniform_loss(queries, tau).item():.3f}", "black",
                   large)
         for i, row in enumerate((t @ t.T).tolist()):                      # (K, K)
             if not k:

@@ -17,11 +17,13 @@ Run:  python pretrain.py                                   (the toy, two minutes
       torchrun --nproc_per_node=4 pretrain.py --data raf   (the paper's settings)
 """
 import argparse
+import hashlib
 import json
 import math
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -50,7 +52,7 @@ from vit import Block, ViT, initialise, patchify, unpatchify, wave_positions
 MODEL_SETTINGS = {
     "image_size": (224, 48, 8, 1024, "side of an image in pixels"),
     "patch_size": (16, 8, 2, 64, "side of a patch in pixels"),
-    "dim": (768, 128, 4, 4096, "width of the encoder's tokens"),
+    "dim": (768, 128, 8, 4096, "width of the encoder's tokens"),
     "depth": (12, 6, 1, 100, "blocks of the encoder"),
     "heads": (12, 4, 1, 64, "attention heads of the encoder"),
 }
@@ -199,6 +201,87 @@ def masked_mse(prediction, target, mask):
     return (error * mask).sum() / mask.sum()
 
 
+def build_encoder(config, drop_path_rate=0.0):
+    """The ViT of the settings."""
+    return ViT(config["image_size"], config["patch_size"], config["dim"], config["depth"],
+               config["heads"], drop_path_rate=drop_path_rate)
+
+
+def build_masked_model(config):
+    """Encoder and reconstruction decoder of the settings."""
+    target_dim = 108 if config["target"] == "hog" else 3 * config["patch_size"] ** 2
+    return MaskedModel(build_encoder(config), target_dim, config["decoder_dim"],
+                       config["decoder_depth"], config["decoder_heads"], config["encoder"])
+
+
+def mean_target(run, faces):
+    """The mean target of each position over 1,024 faces at most, (1, N, T): the trivial answer.
+
+    The faces are cropped as in training: it must be the best constant for what the loss is of.
+    """
+    c, total, count = run.config, 0.0, min(len(faces), 1024)
+    u = torch.rand(count, 12, generator=torch.Generator().manual_seed(c["seed"])).to(run.device)
+    for i in range(0, count, 64):
+        images = faces[range(i, min(i + 64, count))].to(run.device)       # uint8 (64, C, S, S)
+        images = augment(images, u[i:i + 64], c["image_size"], c["data"], c["crop_scale"])
+        total = total + make_targets(images, c["target"], c["patch_size"]).sum(0, keepdim=True)
+    return total / count
+
+
+def seen_as(values, image, config, pixels):
+    """Targets or predictions of one face (N, T) as a picture beside its image (3, H, H): PIL RGB.
+
+    HOG as glyphs; pixels with the mean and the deviation of the image's own patches put back.
+    """
+    patch = config["patch_size"]
+    if config["target"] == "hog":
+        histograms = from_patches(values[None], 2)[0]                       # (3, 9, h, w)
+        picture = glyphs(histograms, pixels // histograms.shape[-1])
+    else:
+        patches = patchify(image[None], patch)                              # (1, N, 3*P*P)
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        values = values[None] * (variance + 1e-6).sqrt() + mean
+        picture = to_picture(unpatchify(values, patch)[0], config["data"])
+    return picture.resize((pixels, pixels), Image.Resampling.BICUBIC)
+
+
+@torch.no_grad()
+def reconstruction(run, model, faces, note, pixels=288):
+    """Input, mask, target and prediction of the first four faces beside each other: PIL RGB.
+
+    Visible patches, whose prediction is not trained, are white in the last two columns.
+    """
+    c, grid = run.config, run.config["image_size"] // run.config["patch_size"]
+    rows, size, pad, top = range(min(4, len(faces))), (pixels, pixels), 16, 96
+    images = prepare(faces[rows].to(run.device), c["image_size"], c["data"])         # (4, 3, H, H)
+    mask = draw_masks(c["mask"], rows, grid, masked_count(grid * grid, c["mask_ratio"]), 0)
+    model.eval()
+    with autocast(run):
+        prediction = model(images, mask.to(run.device)).float().cpu()                # (4, N, T)
+    images = images.cpu()
+    target = make_targets(images, c["target"], c["patch_size"])                      # (4, N, T)
+    sheet = Image.new("RGB", (4 * (pixels + pad) + pad, top + len(rows) * (pixels + pad)), "white")
+    draw, name = ImageDraw.Draw(sheet), {"hog": "HOG", "pixel": "pixels"}[c["target"]]
+    draw.text((pad, 8), note, "black", ImageFont.load_default(26))
+    for k, title in enumerate(("input", "what the encoder sees", f"{name} of masked patches",
+                               f"predicted {name}")):
+        draw.text((pad + k * (pixels + pad), top - 8), title, "black", ImageFont.load_default(23),
+                  anchor="ls")
+    grey, white = (Image.new("RGB", size, shade) for shade in ((215, 215, 215), "white"))
+    for i in rows:
+        masked = Image.fromarray(mask[i].reshape(grid, grid).byte().numpy() * 255)
+        masked = masked.resize(size, Image.Resampling.NEAREST)              # 255 where masked
+        face = to_picture(images[i], c["data"]).resize(size, Image.Resampling.BICUBIC)
+        columns = [face, Image.composite(grey, face, masked)] + [
+            Image.composite(seen_as(v[i], images[i], c, pixels), white, masked)
+            for v in (target, prediction)]
+        for k, column in enumerate(columns):
+            x, y = pad + k * (pixels + pad), top + i * (pixels + pad)
+            sheet.paste(column, (x, y))
+            draw.rectangle((x - 1, y - 1, x + pixels, y + pixels), outline="silver")
+    return sheet
+
+
 # ------------------------------------------------------------------ what both stages need: settings
 
 def make_parser(description, settings):
@@ -211,7 +294,7 @@ def make_parser(description, settings):
     add("--out", help="run folder (runs/STAGE-DATA)")
     add("--seed", type=int, default=0, help="seed of everything random (%(default)s)")
     add("--workers", type=int, help="loading processes (paper 2, laptop 0)")
-    add("--device", help="cuda, cpu, ... (cuda if there is one)")
+    add("--device", help="cpu, cuda or cuda:N (cuda if there is one)")
     add("--deterministic", action="store_true", help="the same bits on CUDA too, more slowly")
     add("--resume", action="store_true", help="go on from the run folder's last.pt")
     add("--labels", default="argmax", choices=("argmax", "majority"), help="votes to label")
@@ -253,6 +336,9 @@ def resolve(args, settings, stage, overrides=None):
         if name.startswith("warmup") and config[name] > config["epochs"]:
             raise InputError(f"--{name.replace('_', '-')} {config[name]}: more than the "
                              f"{config['epochs']} epochs")
+    compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
+    if config["compile"] and not any(map(shutil.which, compilers)):
+        raise InputError("--compile: no C++ compiler is found; install g++ or leave it out")
     for a, b in (("image_size", "patch_size"), ("dim", "heads"), ("decoder_dim", "decoder_heads")):
         if a in config and config[a] % config[b]:
             raise InputError(f"--{a.replace('_', '-')} {config[a]} is not a multiple of "
@@ -306,6 +392,8 @@ def start(config):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
         device = torch.device(config["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("only cpu and cuda are supported")
         if device.type == "cuda":
             device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
@@ -397,6 +485,7 @@ def command_line(main):
     """
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -404,8 +493,12 @@ def command_line(main):
         print(f"stopped: {error}", file=sys.stderr)
         sys.exit(error.status)
     except KeyboardInterrupt:
-        print("interrupted at once; --resume goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted at once; what was saved before is whole", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except torch.cuda.OutOfMemoryError:
+        print("stopped: the card's memory is full; try --accumulate 4, more processes or a smaller "
+              "--batch-size", file=sys.stderr)
+        sys.exit(1)
     except BrokenPipeError:                              # as in `... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
@@ -442,6 +535,7 @@ def parameter_groups(model, weight_decay, depth, layer_decay=1.0):
 
 def learning_rate(step, steps, warmup, peak, floor=1e-6):
     """Linear warm-up from `floor` to `peak` in `warmup` steps, then a cosine back to `floor`."""
+    floor = min(floor, peak)
     if step < warmup:
         return floor + (peak - floor) * step / warmup
     done = (step - warmup) / max(steps - warmup, 1)
@@ -476,6 +570,7 @@ def replace_file(path, write):
     """Let `write` fill a file beside, flush it to the disk, then rename it to `path`."""
     beside = path.with_suffix(".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
             write(file)
             file.flush()
@@ -493,7 +588,8 @@ def load_checkpoint(path, stage=None, ours=True):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError,
+            AttributeError, TypeError) as error:         # what torch.load raises for other files
         raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); it is "
                          "truncated or not ours") from None
     if not isinstance(state, dict) or (ours and "stage" not in state):
@@ -544,6 +640,18 @@ def saved_state(run):
     if changed:
         raise InputError(f"{path}: other settings than this command's: {'; '.join(changed)}")
     return state
+
+
+def digest(faces):
+    """What tells training sets apart: SHA-256 of the names in their order."""
+    return hashlib.sha256("\n".join(faces.names).encode()).hexdigest()
+
+
+def same_faces(run, saved, faces):
+    """InputError if a checkpoint (or None) is of other training faces than these."""
+    if saved and saved["faces"] != digest(faces):
+        raise InputError(f"{run.out / 'last.pt'}: its training faces are not those of this data "
+                         "set; give the same --data-dir")
 
 
 def restore(state, model, optimizer, scaler, where):
@@ -649,8 +757,8 @@ def loss_in_parts(run, network, scaler, images, indices, step_loss, state):
     `update`, for which all processes meet.
     """
     total = 0.0
-    for run.part, (x, rows) in enumerate(zip(images.chunk(run.parts), indices.chunk(run.parts))):
-        last = run.part == run.parts - 1
+    for part, (x, rows) in enumerate(zip(images.chunk(run.parts), indices.chunk(run.parts))):
+        run.part, last = part, part == run.parts - 1
         with nullcontext() if last or run.world == 1 else network.no_sync():
             loss, numbers = step_loss(network, x, rows, state["step"])
             loss = loss / run.parts
@@ -658,7 +766,7 @@ def loss_in_parts(run, network, scaler, images, indices, step_loss, state):
                 scaler.scale(loss).backward()
         total = total + loss.detach()
         for name, value in numbers.items():
-            value = value.detach().double() / run.parts
+            value = value.detach().double().nan_to_num(0, 0, 0) / run.parts   # fp16: a skipped step
             state["sums"][name] = state["sums"].get(name, 0) + value
     return loss, total
 
@@ -707,11 +815,15 @@ def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch
         state = {"step": saved["step"], "log": saved["log"], "sums": sums}
 
     def save():
-        save_run(run, {"stage": c["stage"], "config": c, **state, "model": model.state_dict(),
-                       "sums": means(run, state["sums"], 1), "optimizer": optimizer.state_dict(),
-                       "scaler": scaler.state_dict(), **extra()})
+        save_run(run, {"stage": c["stage"], "config": c, "faces": digest(faces), **state,
+                       "sums": means(run, state["sums"], 1), "model": model.state_dict(),
+                       "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                       **extra()})
 
     write_config(run)
+    last = run.out / "last.pt"
+    if not saved and run.rank == 0 and last.exists():
+        os.replace(last, last.with_name("previous.pt"))      # an earlier run's is not lost
     save()                       # a disk that cannot hold it is an error now, not after an epoch
     if draw and not saved:
         save_picture(run, draw, 0, "before training")
@@ -730,10 +842,11 @@ def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch
                 state["sums"] = {}
                 say(run, f"epoch {record['epoch']}/{c['epochs']}  " + "  ".join(
                     f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"))
-                last = record["epoch"] == c["epochs"]
-                if draw and (last or record["epoch"] % c["picture_every"] == 0):
-                    save_picture(run, draw, record["epoch"], f"loss {record['loss']:.4f}")
             save()
+            if draw and state["step"] % steps == 0:
+                done = state["step"] // steps
+                if done == c["epochs"] or done % c["picture_every"] == 0:
+                    save_picture(run, draw, done, f"loss {record['loss']:.4f}")
             if stop and state["step"] < steps * c["epochs"]:
                 raise Stopped(f"after step {state['step']} by a signal, all is saved; go on with "
                               "the same command and --resume", 128 + (signals or [15])[0])
@@ -787,8 +900,8 @@ def save_picture(run, draw, epoch, note):
 
     def save():
         if run.rank == 0:
-            path.parent.mkdir(exist_ok=True)
-            replace_file(path, lambda file: draw(f"epoch {epoch}, {note}").save(file, "png"))
+            picture = draw(f"epoch {epoch}, {note}")
+            replace_file(path, lambda file: picture.save(file, "png"))
 
     first_alone(run, save)
 
@@ -808,87 +921,6 @@ def uniforms(run, step, columns=12):
 
 # ---------------------------------------------------------------------------------------- stage 1
 
-def build_encoder(config, drop_path_rate=0.0):
-    """The ViT of the settings."""
-    return ViT(config["image_size"], config["patch_size"], config["dim"], config["depth"],
-               config["heads"], drop_path_rate=drop_path_rate)
-
-
-def build_masked_model(config):
-    """Encoder and reconstruction decoder of the settings."""
-    target_dim = 108 if config["target"] == "hog" else 3 * config["patch_size"] ** 2
-    return MaskedModel(build_encoder(config), target_dim, config["decoder_dim"],
-                       config["decoder_depth"], config["decoder_heads"], config["encoder"])
-
-
-def mean_target(run, faces):
-    """The mean target of each position over 1,024 faces at most, (1, N, T): the trivial answer.
-
-    The faces are cropped as in training: it must be the best constant for what the loss is of.
-    """
-    c, total, count = run.config, 0.0, min(len(faces), 1024)
-    u = torch.rand(count, 12, generator=torch.Generator().manual_seed(c["seed"])).to(run.device)
-    for i in range(0, count, 64):
-        images = faces[range(i, min(i + 64, count))].to(run.device)       # uint8 (64, C, S, S)
-        images = augment(images, u[i:i + 64], c["image_size"], c["data"], c["crop_scale"])
-        total = total + make_targets(images, c["target"], c["patch_size"]).sum(0, keepdim=True)
-    return total / count
-
-
-def seen_as(values, image, config, pixels):
-    """Targets or predictions of one face (N, T) as a picture beside its image (3, H, H): PIL RGB.
-
-    HOG as glyphs; pixels with the mean and the deviation of the image's own patches put back.
-    """
-    patch = config["patch_size"]
-    if config["target"] == "hog":
-        histograms = from_patches(values[None], 2)[0]                       # (3, 9, h, w)
-        picture = glyphs(histograms, pixels // histograms.shape[-1])
-    else:
-        patches = patchify(image[None], patch)                              # (1, N, 3*P*P)
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        values = values[None] * (variance + 1e-6).sqrt() + mean
-        picture = to_picture(unpatchify(values, patch)[0], config["data"])
-    return picture.resize((pixels, pixels), Image.Resampling.BICUBIC)
-
-
-@torch.no_grad()
-def reconstruction(run, model, faces, note, pixels=288):
-    """Input, mask, target and prediction of the first four faces beside each other: PIL RGB.
-
-    Visible patches, whose prediction is not trained, are white in the last two columns.
-    """
-    c, grid = run.config, run.config["image_size"] // run.config["patch_size"]
-    rows, size, pad, top = range(min(4, len(faces))), (pixels, pixels), 16, 96
-    images = prepare(faces[rows].to(run.device), c["image_size"], c["data"])         # (4, 3, H, H)
-    mask = draw_masks(c["mask"], rows, grid, masked_count(grid * grid, c["mask_ratio"]), 0)
-    model.eval()
-    with autocast(run):
-        prediction = model(images, mask.to(run.device)).float().cpu()                # (4, N, T)
-    images = images.cpu()
-    target = make_targets(images, c["target"], c["patch_size"])                      # (4, N, T)
-    sheet = Image.new("RGB", (4 * (pixels + pad) + pad, top + len(rows) * (pixels + pad)), "white")
-    draw, name = ImageDraw.Draw(sheet), {"hog": "HOG", "pixel": "pixels"}[c["target"]]
-    draw.text((pad, 8), note, "black", ImageFont.load_default(26))
-    for k, title in enumerate(("input", "what the encoder sees", f"{name} of masked patches",
-                               f"predicted {name}")):
-        draw.text((pad + k * (pixels + pad), top - 8), title, "black", ImageFont.load_default(23),
-                  anchor="ls")
-    grey, white = (Image.new("RGB", size, shade) for shade in ((215, 215, 215), "white"))
-    for i in rows:
-        masked = Image.fromarray(mask[i].reshape(grid, grid).byte().numpy() * 255)
-        masked = masked.resize(size, Image.Resampling.NEAREST)              # 255 where masked
-        face = to_picture(images[i], c["data"]).resize(size, Image.Resampling.BICUBIC)
-        columns = [face, Image.composite(grey, face, masked)] + [
-            Image.composite(seen_as(v[i], images[i], c, pixels), white, masked)
-            for v in (target, prediction)]
-        for k, column in enumerate(columns):
-            x, y = pad + k * (pixels + pad), top + i * (pixels + pad)
-            sheet.paste(column, (x, y))
-            draw.rectangle((x - 1, y - 1, x + pixels, y + pixels), outline="silver")
-    return sheet
-
-
 def main(argv=None):
     """Pre-train from the command line."""
     parser = make_parser(__doc__, SETTINGS)
@@ -901,6 +933,7 @@ def main(argv=None):
     run = start(c)
     saved = saved_state(run)
     faces = load_split(run, "train")
+    same_faces(run, saved, faces)
     torch.manual_seed(c["seed"])
     model = build_masked_model(c).to(run.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, c["weight_decay"], c["depth"]),
@@ -908,6 +941,8 @@ def main(argv=None):
     trivial = mean_target(run, faces)                                      # (1, N, T)
     grid = c["image_size"] // c["patch_size"]
     count = masked_count(grid * grid, c["mask_ratio"])
+    if count == grid * grid:
+        raise InputError(f"--mask-ratio {c['mask_ratio']}: hides all {count} patches; give less")
     say(run, "\n".join(faces.notes))
     say(run, f"{parameters(model.encoder):,} parameters in the encoder, {parameters(model):,} in "
              f"all; {count} of {grid * grid} patches masked")

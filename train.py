@@ -20,9 +20,8 @@ Run:  python train.py                                      (the toy, after pytho
 """
 import argparse
 import copy
-import hashlib
+import pickle
 from pathlib import Path
-from urllib.error import URLError
 
 import torch
 import torch.distributed as dist
@@ -36,9 +35,9 @@ from pll import (candidates_from_votes, cc_loss, contrastive_loss, generate_cand
                  initial_confidence, is_revised, lw_loss, lw_weights, move_prototypes,
                  moving_confidence, pll_loss, prototype_labels, rc_update, revise, simplex,
                  target_loss, transition, uniform_loss, uniform_transition)
-from pretrain import (MODEL_SETTINGS, autocast, build_encoder, command_line, fit, load_checkpoint,
-                      load_split, load_weights, make_parser, parameter_groups, parameters, resolve,
-                      saved_state, say, start, uniforms)
+from pretrain import (MODEL_SETTINGS, autocast, build_encoder, command_line, first_alone, fit,
+                      load_checkpoint, load_split, load_weights, make_parser, parameter_groups,
+                      parameters, resolve, same_faces, saved_state, say, start, uniforms)
 from vit import from_torchvision, interpolate_positions
 
 # setting: (paper, laptop, smallest, largest, meaning), or for a choice: (paper, laptop, choices,
@@ -71,7 +70,8 @@ SETTINGS = {
     "uniform_weight": (1.0, 1.0, 0.0, 1000.0, "weight of Eq. (3) beside Eq. (2)"),
     "tau": (0.25, 0.25, 0.001, 100.0, "temperature of Eq. (3)"),
     "threshold": (0.1, 0.1, 0.0, 0.9999, "lead of the first label that makes it the only one"),
-    "warmup_revision": (20, 5, 0, 100_000, "epochs before the first revision"),
+    "warmup_revision": (20, 5, 0, 100_000,
+                        "epochs before the first revision (PiCO: before its prototypes act)"),
     "lw_beta": (1.0, 1.0, 0.0, 100.0, "weight of the non-candidates in LW"),
     "queue": (8192, 1024, 1, 1_000_000, "earlier keys that PiCO compares with"),
     "val": (0.0, 0.0, 0.0, 0.9, "share of the training set that is held out for validation"),
@@ -97,11 +97,16 @@ METHODS = {
     "decoder-uniform": dict(revise=False),
     "decoder-revision": dict(uniform_weight=0.0),
 }
+# Settings that only have a meaning where another one has a certain value.
+NEEDS = {"decoder_layers": ("head", "decoder"), "dropout": ("head", "decoder"),
+         "uniform": ("head", "decoder"), "tau": ("head", "decoder"), "threshold": ("revise", True),
+         "lw_beta": ("loss", "lw"), "queue": ("loss", "pico"), "layer_decay": ("model", "vit"),
+         "drop_path": ("model", "vit")}
 PICO = dict(width=128, encoder_momentum=0.999, start=0.95, end=0.8, weight=0.5)
 
 
 class LinearHead(nn.Module):
-    """The head without label queries (Table 3): mean of the visual tokens (B, HW, d) -> (B, K)."""
+    """The head without label queries (Table 3): mean visual token, (B, HW, d) -> (B, K)."""
 
     def __init__(self, dim, classes):
         super().__init__()
@@ -193,8 +198,8 @@ def imagenet_weights(model):
     kind = (torchvision.models.ViT_B_16_Weights if model == "vit" else
             torchvision.models.ResNet18_Weights).IMAGENET1K_V1
     try:
-        weights = kind.get_state_dict()
-    except (URLError, OSError) as error:
+        weights = kind.get_state_dict(weights_only=True, check_hash=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(f"--init imagenet: the weights cannot be fetched ({error})") from None
     if model == "resnet18":
         return {f"net.{k}": v for k, v in weights.items() if not k.startswith("fc.")}
@@ -254,6 +259,9 @@ def make_candidates(config, faces):
         raise InputError(f"--candidates votes: {config['data']} has no votes; choose lw1, lw2, lw4 "
                          "or uniform:Q")
     if kind == "votes" or (kind is None and faces.votes is not None):
+        if config["min_votes"] > 1 and faces.votes.max() <= 1:
+            raise InputError("--min-votes: this data set has shares of votes, not counts; leave it "
+                             "out")
         return candidates_from_votes(faces.votes, config["min_votes"])
     matrix = uniform_transition(classes, float(kind[8:])) if (kind or "").startswith("uniform:") \
         else transition(classes, kind or "lw1")
@@ -328,7 +336,7 @@ def parse(argv):
     """The command line as a dict of resolved settings."""
     parser = make_parser(__doc__, SETTINGS)
     add = parser.add_argument
-    add("--method", default="ours", choices=METHODS, help="row of its tables (%(default)s)")
+    add("--method", default="ours", choices=METHODS, help="row of the paper's tables (%(default)s)")
     add("--init", help="encoder's start: PATH, imagenet or none (the pre-training run)")
     add("--revise", action=argparse.BooleanOptionalAction, help="Eq. (4-5), or C as it starts")
     add("--candidates", help="votes, lw1, lw2, lw4 or uniform:Q (votes where there are, else lw1)")
@@ -347,6 +355,10 @@ def parse(argv):
         init = "none"                                    # all rows start alike
     config["init"] = init
     config["revise"] = row.get("revise", pll) and pll if args.revise is None else args.revise
+    for setting, (other, value) in NEEDS.items():
+        if getattr(args, setting) is not None and config[other] != value:
+            raise InputError(f"--{setting.replace('_', '-')}: has no effect unless {other} is "
+                             f"{value}; leave it out")
     check_combination(config)
     return config
 
@@ -384,32 +396,27 @@ def training_faces(run):
     """The training set, and what accuracy is watched on: a hold-out, the val split, or None."""
     faces = load_split(run, "train")
     if run.config["val"]:
-        return hold_out(faces, run.config["val"], run.config["seed"])
+        faces, held = hold_out(faces, run.config["val"], run.config["seed"])
+        if not len(held):
+            raise InputError(f"--val {run.config['val']}: holds out no face; give a larger share")
+        return faces, held
     if "val" in DATA[run.config["data"]]["counts"]:
         return faces, load_split(run, "val")
     return faces, None
 
 
 def confidence_table(run, faces, saved):
-    """What is kept for each training face: Y and C (n, K), and a digest of the faces' names.
-
-    A resumed run takes them from its checkpoint `saved`, which must be of the same faces.
-    """
-    digest = hashlib.sha256("\n".join(faces.names).encode()).hexdigest()
+    """What is kept for each training face: Y and C (n, K), a resumed run's from `saved`."""
     if saved:
-        if saved["faces"] != digest:
-            raise InputError(f"{run.out / 'last.pt'}: its training faces are not those of this "
-                             "data set; give the same --data-dir")
         candidates, confidence = saved["candidates"], saved["confidence"]
     else:
         candidates = make_candidates(run.config, faces)
         confidence = make_confidence(run.config, faces, candidates)       # Algorithm 1, line 1
-    return {"candidates": candidates.to(run.device), "confidence": confidence.to(run.device),
-            "faces": digest}
+    return {"candidates": candidates.to(run.device), "confidence": confidence.to(run.device)}
 
 
 def trivial_answer(c, faces, candidates):
-    """Logits (K,) that say how frequent each label is in C before training, whatever the face."""
+    """Logits (K,) of a classifier that ignores the image: each label's frequency in the first C."""
     first = initial_confidence(candidates) if c["loss"] == "lw" else \
         make_confidence(c, faces, candidates.cpu())                       # (n, K)
     return first.mean(dim=0).clamp(min=1e-6).log().to(candidates.device)  # (K,)
@@ -461,8 +468,9 @@ def algorithm_1(run, model, faces, table):
         before, sets = confidence[indices], candidates[indices]           # (b, K)
         pll, after = objective(c, logits, before, sets, revising)         # Algorithm 1, lines 7, 8
         everywhere, rows = share_rows(run, indices, after)
-        confidence[everywhere] = rows
-        loss = pll + c["uniform_weight"] * uniform
+        finite = rows.isfinite().all(dim=1, keepdim=True)    # fp16's scaler leaves such a step out
+        confidence[everywhere] = torch.where(finite, rows, confidence[everywhere])
+        loss = pll + c["uniform_weight"] * uniform            # Eq. (2) + weight * Eq. (3)
         used = after if revising else before                              # the C of the loss
         trivial, _ = objective(c, frequency.expand(len(sets), -1), used, sets, False)
         hits = (logits.argmax(dim=1) == labels[indices]).float().mean()
@@ -541,8 +549,9 @@ def pico(run, model, faces, table, state):
         pll, trivial = pll_loss(logits, target), pll_loss(frequency.expand_as(target), target)
         contrast = contrastive_loss(q, keys, positive)
         with torch.no_grad():
-            state["prototypes"] = move_prototypes(state["prototypes"], q_all, guess_all)
-            enqueue(state, k_all, guess_all)
+            if q_all.isfinite().all() and k_all.isfinite().all():    # of all processes alike
+                state["prototypes"] = move_prototypes(state["prototypes"], q_all, guess_all)
+                enqueue(state, k_all, guess_all)
         hits = (logits.argmax(dim=1) == labels[indices]).float().mean()
         loss = pll + PICO["weight"] * contrast + c["uniform_weight"] * uniform
         return loss, {"loss": loss, "pll": pll, "trivial": trivial, "contrastive": contrast,
@@ -586,9 +595,11 @@ def main(argv=None):
     saved = saved_state(run)
     torch.manual_seed(c["seed"])
     model = build_model(c)
-    note = "encoder: resumed" if saved else initial_weights(c, model.encoder)
+    note = "encoder: resumed" if saved else first_alone(
+        run, lambda: initial_weights(c, model.encoder))
     model.to(run.device)
     faces, held = training_faces(run)
+    same_faces(run, saved, faces)
     table = confidence_table(run, faces, saved)
     groups = parameter_groups(model, c["weight_decay"], c["depth"], c["layer_decay"])
     optimizer = torch.optim.AdamW(groups, lr=c["lr"], betas=(0.9, 0.999), fused=True)

@@ -51,10 +51,11 @@ def read_log(folder):
 
 def flags_for(method, out, cache, *more):
     """The command line of a tiny run of a method; those that need pre-training start without."""
-    init = train.METHODS[method].get("init", "pretrain")
-    return ["--method", method, *TINY, "--lr", "3e-3", "--warmup-revision", "1", "--threshold",
-            "0.02", "--out", str(out), "--cache", str(cache),
-            *([] if init == "imagenet" else ["--init", "none"]), *map(str, more)]
+    row = train.METHODS[method]
+    revises = row.get("revise", row.get("loss", "pll") == "pll")
+    return ["--method", method, *TINY, "--lr", "3e-3", "--warmup-revision", "1", "--out", str(out),
+            "--cache", str(cache), *(["--threshold", "0.02"] if revises else []),
+            *([] if row.get("init") == "imagenet" else ["--init", "none"]), *map(str, more)]
 
 
 def read_state(folder):
