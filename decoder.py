@@ -205,7 +205,7 @@ def cost_table(faces, utilisation=0.35):
         hours = [work / (4 * rate * utilisation) / 3600 for rate in CARDS.values()]
         lines.append(f"| {stage}, {epochs} epochs | {cost.parameters / 1e6:.1f} M | "
                      f"{3 * cost.operations / 1e9:.1f} | {memory:.1f} | "
-                     + " | ".join(f"{h:.1f}" for h in hours) + " |")
+                     + " | ".join(f"{h:.2f}" for h in hours) + " |")
     return lines
 
 

@@ -203,6 +203,8 @@ OTHERS = [
     ("one landmark", lambda f: affectnet(f, landmarks="1;2"),
      "TMP/training.csv, row 2: not 68 landmarks (cannot reshape array of size 2 into shape "
      "(68,2))"),
+    ("landmarks that are no numbers", lambda f: affectnet(f, landmarks=";".join(["nan"] * 136)),
+     "TMP/training.csv, row 2: not 68 landmarks (not finite)"),
     ("unknown expression", lambda f: affectnet(f, expression=11),
      "TMP/training.csv, row 2: '11' is not a whole number from 0 to 10; correct the row"),
     ("an image elsewhere", lambda f: affectnet(f, path="/etc/passwd"),

@@ -162,7 +162,14 @@ def test_the_papers_costs():
         {**{k: row[0] for k, row in train.SETTINGS.items()}, "data": "raf"}).parameters())
     line = cost.cost_table(12_271)[3]
     hours = 3 * costs["training"].operations * 12_271 * 100 / (4 * 125e12 * 0.35) / 3600
-    assert line.split("|")[5].strip() == f"{hours:.1f}"
+    assert line.split("|")[5].strip() == f"{hours:.2f}"
+
+
+@pytest.mark.parametrize("flags", [["--faces", "0"], ["--utilisation", "0"]])
+def test_costs_of_nothing_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cost.main(flags)
+    assert stop.value.code == 2 and "give --faces from 1" in capsys.readouterr().err
 
 
 def test_one_map_of_attention_costs_what_its_formula_says():

@@ -44,6 +44,10 @@ def test_every_row_of_the_tables_is_one_command(method, method_run):
     (["--method", "pico", "--crop-scale", "1", "--degrees", "0", "--light", "0", "--erase", "0"],
      "compares two views of a face, which need augmentation"),
     (["--method", "pico", "--queue", "100"], "--queue 100: PiCO's queue must hold at least a b"),
+    (["--method", "rc", "--threshold", "0.2"], "--threshold: has no effect unless revise is True"),
+    (["--method", "baseline", "--tau", "0.1"], "--tau: has no effect unless head is decoder"),
+    (["--model", "resnet18", "--layer-decay", "0.5"], "--layer-decay: has no effect unless model"),
+    (["--val", "0.0001"], "--val 0.0001: holds out no face; give a larger share"),
     (["--method", "pico", "--accumulate", "2"], "--accumulate: PiCO's queue and momentum model"),
     (["--accumulate", "0"], "--accumulate 0: give a number from 1"),
     (["--accumulate", "3"], "cannot be divided among 1 processes of 3 parts; the nearest that can "

@@ -161,6 +161,28 @@ def test_a_run_without_weights_is_compared_by_its_kept_result(trained, cache, tm
     assert capsys.readouterr().out == with_weights
 
 
+@pytest.mark.parametrize("file, content", [("config.json", None), ("log.jsonl", "{"),
+                                           ("test.json", "[1"), ("log.jsonl", "")])
+def test_a_broken_published_run_is_one_line(file, content, trained, tmp_path):
+    for name in ("config.json", "log.jsonl"):
+        shutil.copy(trained / name, tmp_path / name)
+    (tmp_path / "test.json").write_text("{}")
+    if content is None:
+        (tmp_path / file).unlink()
+    else:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(evaluate.InputError, match="must be whole|holds no epoch"):
+        evaluate.evaluate(tmp_path, "test", {})
+
+
+def test_a_checkpoint_named_by_file_is_not_mistaken_for_its_folder(trained, tmp_path, capsys):
+    (tmp_path / "test.json").write_text('{"accuracy": 9}')
+    shutil.copy(trained / "last.pt", tmp_path / "model.pt")
+    evaluate.main([str(tmp_path / "model.pt"), "--json"])
+    assert json.loads(capsys.readouterr().out)["faces"] == 1000
+    assert (tmp_path / "test.json").read_text() == '{"accuracy": 9}'      # and nothing is written
+
+
 def test_labels_that_were_given_up_are_struck_through(cache):
     faces = load_faces("toy", None, "val", 16, cache=cache).subset(torch.tensor([0]))
     candidates = torch.tensor([[True, True, False, True, False, False, False]])

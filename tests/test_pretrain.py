@@ -179,6 +179,7 @@ def test_weights_of_another_model_are_counted_and_refused():
         load_weights(model, weights, "x.pt")
 
 
-def test_half_of_the_floor_is_never_undercut():
+def test_the_floor_is_never_undercut_unless_the_peak_is():
+    assert {learning_rate(s, 50, 5, 0.0) for s in range(51)} == {0.0}
     assert min(learning_rate(s, 50, 5, 1e-3) for s in range(51)) == pytest.approx(1e-6)
     assert math.isclose(max(learning_rate(s, 50, 5, 1e-3) for s in range(51)), 1e-3)

@@ -11,7 +11,7 @@ import shlex
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 FILES = "vit hog pretrain decoder pll datasets train evaluate".split()
 TEXT = (ROOT / "README.md").read_text()
@@ -156,7 +156,17 @@ def test_every_file_and_test_that_the_readme_names_exists():
         assert any(f"def {name}(" in p.read_text() for p in (ROOT / "tests").glob("*.py")), name
     for picture in re.findall(r"\.github/[\w-]+\.png", TEXT):
         assert (ROOT / picture).is_file(), picture
-    assert len(TEXT.splitlines()) <= 480
+    assert len(TEXT.splitlines()) <= 465
+
+
+def test_the_benchmark_runs_in_small():
+    """tests/benchmark.py is not collected; here every group of it is measured at a tiny size."""
+    done = run_script("tests/benchmark.py", "--quick")
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert len(rows) > 20 and all(len(row) == len(rows[0]) for row in rows)
+    for what in ("ViT", "pre-training step", "HOG", "reading", "fine-tuning step", "evaluation",
+                 "two processes", "C in a step", "laptop-scale training", "two blocks"):
+        assert any(what in row[0] for row in rows), what
 
 
 def test_the_accuracy_that_the_readme_shows_is_what_the_first_command_reaches():

@@ -170,6 +170,29 @@ def test_a_held_out_share_is_not_trained_on(tmp_path, cache):
     assert read_state(tmp_path)["confidence"].shape == (1600, 7)
 
 
+def test_an_earlier_runs_checkpoint_is_kept(trained, cache, tmp_path):
+    """A run begun without --resume in the folder of another one does not destroy it."""
+    shutil.copytree(trained, tmp_path / "run")
+    train.main([*TINY, "--init", "none", "--epochs", "1", "--warmup-epochs", "0", "--out",
+                str(tmp_path / "run"), "--cache", str(cache)])
+    kept = torch.load(tmp_path / "run/previous.pt", weights_only=True)
+    assert same(kept["model"], read_state(trained)["model"])
+    assert not same(kept["model"], read_state(tmp_path / "run")["model"])
+
+
+@pytest.mark.parametrize("script, run", [(pretrain, "pretrained"), (train, "trained")])
+def test_resuming_on_other_faces_is_refused(script, run, request, cache, tmp_path):
+    shutil.copytree(request.getfixturevalue(run), tmp_path / "run")
+    state = read_state(tmp_path / "run")
+    config = pretrain.Run({"out": str(tmp_path / "run")}, 0, 1, torch.device("cpu"))
+    faces = load_faces("toy", None, "train", 16, cache=cache)
+    pretrain.same_faces(config, state, faces)
+    faces.names[0] = "another"
+    with pytest.raises(InputError, match="its training faces are not those of this data set"):
+        pretrain.same_faces(config, state, faces)
+    assert "same_faces(run, saved, faces)" in (ROOT / f"{script.__name__}.py").read_text()
+
+
 def test_resuming_with_other_settings_is_refused_with_the_differences(trained, cache, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     done = run_script("train.py", *TINY, "--out", tmp_path / "run", "--cache", cache, "--resume",
@@ -192,9 +215,13 @@ def test_resuming_with_other_settings_is_refused_with_the_differences(trained, c
     (pretrain, ["--dim", "30", "--heads", "4"], "--dim 30 is not a multiple of --heads 4"),
     (pretrain, [*TINY, "--batch-size", "5000"], "--batch-size 5000 is more than the 2000 faces"),
     (pretrain, ["--device", "quantum"], "--device quantum: cannot be used"),
+    (pretrain, ["--device", "meta"], "--device meta: cannot be used (only cpu and cuda"),
+    (pretrain, [*TINY, "--mask-ratio", "0.99"], "--mask-ratio 0.99: hides all 16 patches"),
     (pretrain, [*TINY, "--out", "/dev/null/x"], "--out /dev/null/x: cannot be written"),
     (evaluate, [], "runs/train-toy: no such run; make it with: python train.py"),
-    (evaluate, [__file__], "test_train.py: not a readable checkpoint")])
+    (evaluate, [__file__], "test_train.py: not a readable checkpoint"),
+    (evaluate, ["--csv", "x.csv"], "--csv and --landmarks go with them"),
+    (evaluate, ["a", "b", "--image", "x.png"], "--image or --folder takes one run")])
 def test_wrong_input_is_one_line_and_status_2(script, flags, message, tmp_path, cache, monkeypatch,
                                               capsys):
     monkeypatch.chdir(tmp_path)

@@ -281,6 +281,21 @@ def test_with_fp16_the_scaler_leaves_the_step_out(tmp_path, cache, monkeypatch):
     assert read_state(tmp_path)["scaler"]["scale"] == seen[-1][1]
 
 
+def test_a_step_that_the_scaler_leaves_out_does_not_spoil_c(tmp_path, cache, monkeypatch):
+    """With fp16, rows of C that are not finite are never written into the table."""
+    whole, calls = train.rc_update, []
+
+    def broken(*args):
+        calls.append(1)
+        return whole(*args) * (float("nan") if len(calls) == 3 else 1.0)
+    monkeypatch.setattr(train, "rc_update", broken)
+    train.main(flags_of(["--method", "rc-vit", "--init", "none", "--epochs", "1",
+                         "--warmup-epochs", "0"], tmp_path, cache))
+    C = read_state(tmp_path)["confidence"]
+    assert len(calls) >= 8 and C.isfinite().all()
+    torch.testing.assert_close(C.sum(1), torch.ones(len(C)))
+
+
 def test_losses_and_hog_are_fp32_under_autocast():
     torch.manual_seed(0)
     logits, sets = torch.randn(6, 5), torch.eye(5, dtype=torch.bool)[[0, 1, 2, 3, 4, 0]]
