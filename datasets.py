@@ -703,7 +703,7 @@ def resize(images, size):
 def normalise(x, about):
     """Pixels (B, C, H, H) in 0 .. 1 -> (x - mean) / std of about (a dict), (B, 3, H, H)."""
     mean, std = (torch.tensor(about[k], device=x.device)[:, None, None] for k in ("mean", "std"))
-    return (x - mean) / std                                        # C = 1 spreads to 3 here
+    return (x - mean).div_(std)                                    # C = 1 spreads to 3 here
 
 
 def to_picture(x, data):
@@ -719,23 +719,28 @@ def augment(images, u, size, data, scale=0.5, degrees=0.0, light=0.0, erase=0.0)
 
     images uint8 (B, C, S, S) -> normalised (B, 3, size, size). `u` (B, 12) in [0, 1) holds all that
     is random, a row a face, so that a face is augmented alike however a batch is divided. A crop
-    has an area from `scale` to 1 and sides as 3/4 to 4/3 (MaskFeat), then cut to the image;
+    has an area from `scale` to 1 and sides as 3/4 to 4/3 (MaskFeat) or as the image allows;
     `degrees`, `light` are the largest rotation and change of brightness and contrast; `erase` is
     how often a rectangle is replaced by the mean colour (Zhong et al. 2020).
     """
     spread = lambda k, a: (2 * u[:, k] - 1) * a                    # uniform in -a .. a, (B,)
-    area, shape = scale + (1 - scale) * u[:, 0], torch.exp(spread(1, math.log(4 / 3)))
-    w, h = (area * shape).sqrt().clamp(max=1), (area / shape).sqrt().clamp(max=1)
+    area = scale + (1 - scale) * u[:, 0]
+    widest = (-area.log()).clamp(max=math.log(4 / 3))              # a wider one leaves the image
+    shape = torch.exp(spread(1, 1) * widest)
+    w, h = (area * shape).sqrt(), (area / shape).sqrt()            # shares of the image, (B,)
     x0, y0 = spread(2, 1) * (1 - w), spread(3, 1) * (1 - h)
     flip, angle = torch.where(u[:, 4] < 0.5, -1.0, 1.0), spread(5, math.radians(degrees))
     cos, sin = angle.cos(), angle.sin()
-    theta = torch.stack([torch.stack([w * flip * cos, -h * sin, x0], 1),
-                         torch.stack([w * flip * sin, h * cos, y0], 1)], 1)   # (B, 2, 3)
-    grid = F.affine_grid(theta, (len(u), 1, size, size), align_corners=False)   # (B, size, size, 2)
-    x = F.grid_sample(images.float() / 255, grid, padding_mode="border", align_corners=False)
+    at = (2 * torch.arange(size, device=u.device) + 1) / size - 1  # pixel centres, in -1 .. 1
+    column = lambda *values: torch.stack(values, 1)[:, :, None, None]          # (B, 2, 1, 1)
+    along = column(w * flip * cos, w * flip * sin) * at                        # (B, 2, 1, size)
+    down = column(-h * sin, h * cos) * at[:, None] + column(x0, y0)            # (B, 2, size, 1)
+    x = F.grid_sample(images.float() / 255, (along + down).permute(0, 2, 3, 1),
+                      padding_mode="border", align_corners=False)
     if light:
         gain, offset = 1 + spread(6, light), spread(7, light)      # (B,) each
-        x = ((x - 0.5) * gain[:, None, None, None] + 0.5 + offset[:, None, None, None]).clamp(0, 1)
+        shift = 0.5 + offset - 0.5 * gain                          # contrast is about mid-grey
+        x = x.mul_(gain[:, None, None, None]).add_(shift[:, None, None, None]).clamp_(0, 1)
     x = normalise(x, DATA[data])                                   # (B, 3, size, size)
     if erase:
         share, along = 0.02 + 0.31 * u[:, 8], torch.exp(spread(9, math.log(3.3)))
@@ -747,7 +752,7 @@ def augment(images, u, size, data, scale=0.5, degrees=0.0, light=0.0, erase=0.0)
             inside.append((at >= start[:, None]) & (at < (start + side)[:, None]))   # (B, size)
         chosen = ((u[:, 4] * 2) % 1 < erase)[:, None, None]        # independent of the flip
         box = inside[0][:, :, None] & inside[1][:, None, :] & chosen              # (B, size, size)
-        x = x.masked_fill(box[:, None], 0.0)
+        x = x.masked_fill_(box[:, None], 0.0)
     return x
 
 

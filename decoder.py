@@ -143,8 +143,8 @@ def norm_cost(tokens, dim):
 def block_cost(tokens, dim, heads, mlp_ratio=4):
     """The ViT's block: 24 N d^2 + 4 N^2 d operations, 12 d^2 + 13 d parameters."""
     hidden = dim * mlp_ratio
-    mlp = linear_cost(tokens, dim, hidden) + linear_cost(tokens, hidden, dim) \
-        + Cost(0, 0, tokens * hidden)                                     # what GELU keeps
+    # GELU's input is kept; its output, which the layer behind it reads, is computed again.
+    mlp = linear_cost(tokens, dim, hidden) + linear_cost(tokens, hidden, dim)
     # What attention gives is kept once, for itself and for the projection behind it.
     project = Cost(2 * tokens * dim ** 2, dim * (dim + 1), 0)
     return norm_cost(tokens, dim) * 2 + linear_cost(tokens, dim, 3 * dim) + project + mlp \

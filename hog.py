@@ -30,6 +30,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 BINS = 9  # orientations of 20 degrees each
+AT_ONCE = 8  # images of a batch whose votes are counted at a time
+AT_ONCE = 8  # images of a batch
 
 
 def gradients(images):
@@ -40,9 +42,9 @@ def gradients(images):
     x = F.pad(images, (1, 1, 1, 1), mode="reflect")                     # (B, C, H+2, W+2)
     across = x[..., :-2] - x[..., 2:]                                   # (B, C, H+2, W)
     down = x[..., :-2, :] - x[..., 2:, :]                               # (B, C, H, W+2)
-    gx = across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]   # (B, C, H, W)
-    gy = down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]                  # (B, C, H, W)
-    return gx, gy
+    gx = torch.add(across[..., :-2, :], across[..., 1:-1, :], alpha=2) + across[..., 2:, :]
+    gy = torch.add(down[..., :-2], down[..., 1:-1], alpha=2) + down[..., 2:]
+    return gx, gy                                                       # (B, C, H, W)
 
 
 def magnitude_and_angle(gx, gy):
@@ -51,18 +53,43 @@ def magnitude_and_angle(gx, gy):
     Both are finite, and so are their gradients.
 
     Where the image is flat the angle has no meaning and the derivatives of sqrt and atan2 do not
-    exist: such pixels are given length 0 and angle 0, constants.
+    exist: such pixels are given length 0, a constant, and angle 0.
     """
-    flat = (gx == 0) & (gy == 0)
-    gx, gy = gx.masked_fill(flat, 0.0), gy.masked_fill(flat, 1.0)
-    magnitude = (gx.square() + gy.square()).sqrt().masked_fill(flat, 0.0)
-    angle = torch.atan2(gx, gy) / math.pi * BINS                        # (-9, 9]
-    return magnitude, angle.masked_fill(flat, 0.0)
+    power = gx.square() + gy.square()
+    flat = power == 0
+    magnitude = torch.where(flat, 0.0, torch.where(flat, 1.0, power).sqrt())
+    angle = torch.atan2(gx, torch.where(flat, 1.0, gy)) / math.pi * BINS
+    return magnitude, angle                                             # (B, C, H, W)
 
 
-def cell_sums(votes, cell):
-    """Sum over cells of cell x cell pixels: (B, C, H, W) -> (B, C, H/cell, W/cell)."""
-    return F.avg_pool2d(votes, cell) * cell ** 2
+def cell_sums(bins, votes, cell):
+    """Sum the votes for each bin over cells of cell x cell pixels.
+
+    bins and votes (B, C, H, W); bins are whole numbers in -18 .. 17, of which those 9 apart are the
+    same orientation -> (B, C, 9, H/cell, W/cell).
+    """
+    height, width = votes.shape[-2] // cell, votes.shape[-1] // cell
+    row = torch.arange(votes.shape[-2], device=votes.device) // cell
+    column = torch.arange(votes.shape[-1], device=votes.device) // cell
+    place = (row[:, None] + 2 * BINS * height) * width + column         # of bin 0, (H, W)
+    place = bins.long() * (height * width) + place                      # (B, C, H, W)
+    planes = votes.new_zeros(*votes.shape[:2], 4 * BINS * height * width)
+    planes = planes.scatter_add(2, place.flatten(2), votes.flatten(2))  # each pixel votes once
+    return planes.unflatten(2, (4, BINS, height, width)).sum(dim=2)     # (B, C, 9, H/8, W/8)
+
+
+def cell_histograms(images, cell, binning):
+    """HOG of a few images whose size cells fill, (B, C, H, W) -> (B, C, 9, H/cell, W/cell)."""
+    magnitude, angle = magnitude_and_angle(*gradients(images))
+    if binning == "hard":
+        sums = cell_sums(angle.detach().floor(), magnitude, cell)
+    else:
+        position = angle - 0.5                                          # 0 at bin 0's centre
+        low = position.detach().floor()
+        share = position - low                                          # of the next bin, [0, 1)
+        sums = cell_sums(low, magnitude * (1 - share), cell) \
+            + cell_sums(low + 1, magnitude * share, cell)
+    return F.normalize(sums, dim=2)                                     # length 1 over the 9 bins
 
 
 def hog(images, cell=8, binning="hard"):
@@ -77,21 +104,12 @@ def hog(images, cell=8, binning="hard"):
     if images.shape[-1] % cell or images.shape[-2] % cell:
         raise ValueError(f"an image of {images.shape[-2]} x {images.shape[-1]} pixels is not "
                          f"filled by cells of {cell}")
+    if binning not in ("hard", "linear"):
+        raise ValueError(f"binning is 'hard' or 'linear', not {binning!r}")
     with torch.autocast(images.device.type, enabled=False):
         images = images if images.dtype == torch.float64 else images.float()
-        magnitude, angle = magnitude_and_angle(*gradients(images))
-        if binning == "hard":
-            vote = angle.detach().floor().remainder(BINS)               # 0 .. 8
-            sums = [cell_sums(magnitude * (vote == b), cell) for b in range(BINS)]
-        elif binning == "linear":
-            sums = []
-            for b in range(BINS):                                       # centre of bin b: b + 1/2
-                distance = (angle - (b + 0.5) + BINS / 2).remainder(BINS) - BINS / 2
-                sums.append(cell_sums(magnitude * (1 - distance.abs()).clamp(min=0), cell))
-        else:
-            raise ValueError(f"binning is 'hard' or 'linear', not {binning!r}")
-        histograms = torch.stack(sums, dim=2)                           # (B, C, 9, H/8, W/8)
-        return F.normalize(histograms, dim=2)                           # length 1 over the 9 bins
+        # A few at a time: what is as large as the images is then small and stays in the cache.
+        return torch.cat([cell_histograms(part, cell, binning) for part in images.split(AT_ONCE)])
 
 
 def to_patches(histograms, cells):

@@ -166,9 +166,10 @@ def build_model(config):
         encoder = build_encoder(config, config["drop_path"])
         dim, heads = config["dim"], config["heads"]
     classes = len(DATA[config["data"]]["classes"])
-    head = LinearHead(dim, classes)
     if config["head"] == "decoder":
         head = LabelDecoder(dim, classes, heads, config["decoder_layers"], config["dropout"])
+    else:
+        head = LinearHead(dim, classes)
     return Recogniser(encoder, head, dim, PICO["width"] if config["loss"] == "pico" else 0)
 
 
