@@ -706,6 +706,11 @@ def normalise(x, about):
     return (x - mean).div_(std)                                    # C = 1 spreads to 3 here
 
 
+def as_picture(image):
+    """A stored face, uint8 (C, S, S), as PIL RGB."""
+    return Image.fromarray(image.permute(1, 2, 0).squeeze().numpy()).convert("RGB")
+
+
 def to_picture(x, data):
     """Undo `normalise`: one image (3, H, H) -> PIL RGB."""
     std, mean = (torch.tensor(DATA[data][k], device=x.device)[:, None, None] for k in
@@ -767,8 +772,8 @@ def contact_sheet(faces, indices, columns=8, side=180):
     draw = ImageDraw.Draw(sheet)
     for k, i in enumerate(indices):
         x, y = k % columns * (side + gap) + gap, k // columns * height + 10
-        face = Image.fromarray(faces[[i]][0].permute(1, 2, 0).squeeze().numpy())
-        sheet.paste(face.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), (x, y))
+        face = as_picture(faces[[i]][0])
+        sheet.paste(face.resize((side, side), Image.Resampling.BICUBIC), (x, y))
         draw.text((x, y + side + 2), classes[faces.labels[i]], "firebrick", font(22))
         if faces.votes is not None:
             step, votes = side / len(classes), faces.votes[i] / faces.votes[i].sum()

@@ -30,13 +30,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from datasets import (DATA, InputError, align, draw_matrix, hold_out, normalise, number, read_csv,
+from datasets import (DATA, InputError, align, as_picture, draw_matrix, normalise, number, read_csv,
                       read_image, resize, to_array)
 from decoder import attention_picture
-from pll import candidates_from_votes, cosines, simplex
+from pll import candidates_from_votes, cosines, is_revised, simplex
 from pretrain import (FREE, Stopped, autocast, command_line, load_checkpoint, load_split,
                       load_weights, replace_file, same_faces, say, start)
-from train import METHODS, accuracies, build_model, parse, predict
+from train import METHODS, accuracies, build_model, parse, predict, training_faces
 
 
 # The paper's own accuracies in per cent, Tables 1 to 4; never ours.
@@ -64,8 +64,14 @@ COLUMNS = [("held_out_accuracy", "held out", True),
            ("inside_candidate_set", "in set", True), ("vote_nll", "NLL", False),
            ("vote_calibration_error", "ECE", True),
            ("accuracy_without_duplicates", "no dupl.", True), ("accuracy_on_truth", "truth", True),
-           ("revised", "revised", True), ("revised_as_voted", "as voted", True),
-           ("revised_as_true", "as true", True)]
+           ("disputed_accuracy", "disputed", True)]
+# Columns of the second table: what became of the candidate sets of the training faces.
+BECAME = [("revised", "revised", True), ("revised_as_voted", "as voted", True),
+          ("revised_as_true", "as drawn", True), ("locked_in", "locked in", True),
+          ("disputed_revised", "disputed: revised", True),
+          ("disputed_as_voted", "as voted", True), ("disputed_as_true", "as drawn", True),
+          ("disputed_network_as_voted", "network as voted", True),
+          ("disputed_network_as_true", "network as drawn", True)]
 
 
 def reliability(logits, votes, bins=15):
@@ -105,6 +111,35 @@ def confusion_matrix(predicted, labels, classes):
     return torch.bincount(labels * classes + predicted, minlength=classes ** 2).reshape(classes, -1)
 
 
+def disputed(votes):
+    """Faces on which fewer than half of the votes agree: (n, K) -> (n,) bool."""
+    return votes.max(dim=1).values < votes.sum(dim=1) / 2
+
+
+def became(faces, candidates, confidence, predicted):
+    """Does disambiguation disambiguate? What became of the training faces, in shares 0 .. 1.
+
+    candidates, confidence (n, K), predicted (n,), the network's answers to the faces as they are.
+    `locked_in`: of the sets that were reduced to one label which is not the voted one, those of
+    which the network says the voted label by now; Eq. (5) cannot go back. The others are of faces
+    with several candidates on which fewer than half of the votes agree: how many were reduced, and
+    of these how often to the voted label (on the toy: to the drawn class), and how often the
+    network says it.
+    """
+    several, label = candidates.sum(dim=1) > 1, confidence.argmax(dim=1)   # (n,)
+    reduced, few = several & is_revised(confidence), several & disputed(faces.votes)
+    share = lambda hits, of: {hits: of.float().mean().item()} if len(of) else {}
+    wrong = reduced & (label != faces.labels)
+    found = {"disputed": int(few.sum()),
+             **share("locked_in", (predicted == faces.labels)[wrong]),
+             **share("disputed_revised", reduced[few])}
+    for name, right in (("voted", faces.labels), ("true", faces.truth)):
+        if right is not None:
+            found.update(share(f"disputed_as_{name}", (label == right)[few & reduced]))
+            found.update(share(f"disputed_network_as_{name}", (predicted == right)[few & reduced]))
+    return found
+
+
 def measure(logits, faces, classes, new=None):
     """All that is reported of a split, as plain numbers in a dict; logits (n, K) on the CPU.
 
@@ -126,6 +161,9 @@ def measure(logits, faces, classes, new=None):
         inside = candidates.gather(1, predicted[:, None]).float().mean()
         result["inside_candidate_set"] = inside.item()
         result["vote_nll"], result["vote_calibration_error"] = vote_metrics(logits, faces.votes)
+        few = disputed(faces.votes)
+        if few.any():
+            result["disputed_accuracy"] = (predicted == labels)[few].float().mean().item()
     if new is not None:
         result["duplicates"] = int((~new).sum())
         if new.any():
@@ -156,6 +194,13 @@ def as_text(result, classes):
             ("revised_as_voted", "as voted"), ("revised_as_true", "as drawn")) if key in result]
         lines.append(f"revised in training  {result['revised']:7.2%}   of its faces"
                      + (f", {', '.join(agree)}" if agree else ""))
+    if "locked_in" in result:
+        lines.append(f"locked in            {result['locked_in']:7.2%}   of those not as voted: the "
+                     "network now says the voted label")
+    if "disputed_as_voted" in result:
+        lines.append(f"disputed faces       {result['disputed_revised']:7.2%}   revised, "
+                     f"{result['disputed_as_voted']:.2%} of these as voted (of "
+                     f"{result['disputed']} on which fewer than half agree)")
     percent = lambda v: "-" if v is None else f"{v:.1%}"
     lines += ["", f"{'class':12s} {'faces':>6s} {'recall':>8s} {'precision':>10s}"]
     lines += [f"{name:12s} {row['faces']:6d} {percent(row['recall']):>8s} "
@@ -212,6 +257,11 @@ def evaluate(path, split, overrides):
               **{k: v for k, v in last.items() if k.startswith("revised")}}
     if run.config["val"]:                        # of the training set, what choices are made on
         result["held_out_accuracy"] = last["val_accuracy"]
+    if run.config["revise"] and faces.votes is not None:
+        known, _ = training_faces(run)
+        same_faces(run, state, known)
+        result.update(became(known, state["candidates"], state["confidence"],
+                             predict(run, model, known).argmax(dim=1).cpu()))
     return result, run.config, state["log"], lambda: pictures(run, model, state, faces, logits)
 
 
@@ -255,12 +305,14 @@ def departures(config):
     return scale + "".join(f", {k} {config[k]}" for k in alone if mine.get(k, alone[k]) != alone[k])
 
 
-def comparison(results, markdown):
+def comparison(results, markdown, columns=COLUMNS):
     """Lines of a table: a row for each group of runs that differ in the seed alone.
 
     results: list of (result, config). Numbers are mean and, for several seeds, standard deviation.
     Paths of --init may differ in their digits (a pre-training run for each seed), in nothing else.
+    Runs that have none of the columns are left out; no line if that leaves none.
     """
+    results = [(r, c) for r, c in results if any(key in r for key, _, _ in columns)]
     groups = {}
     for result, config in results:
         group = groups.setdefault(json.dumps(comparable(config), sort_keys=True), [])
@@ -268,9 +320,11 @@ def comparison(results, markdown):
             raise InputError(f"{result.get('run')}: a second run of seed {config['seed']} with the "
                              "same settings; name each run once")
         group.append((result, config))
-    columns = [c for c in COLUMNS if any(c[0] in result for result, _ in results)]
+    columns = [c for c in columns if any(c[0] in result for result, _ in results)]
     rows = [["method", "data", "seeds"] + [heading for _, heading, _ in columns] +
             ["accuracy in the paper"]]
+    if not columns:
+        return []
     for group in sorted(groups.values(), key=lambda g: list(METHODS).index(g[0][1]["method"])):
         config, cells = group[0][1], []
         for key, _, percent in columns:
@@ -280,7 +334,7 @@ def comparison(results, markdown):
             spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.{digits}f}{spread}" if len(values) else "-")
         other = departures(config)           # the paper's figure is for the paper's row alone
-        known = not other and group[0][0]["split"] == "test"
+        known = not other and group[0][0]["split"] == "test" and columns[0] in COLUMNS
         paper = PAPER.get(config["method"], {}).get(config["data"]) if known else None
         rows.append([config["method"] + other, f"{config['data']} {group[0][0]['split']}",
                      str(len(group)), *cells, "-" if paper is None else f"{paper:.2f}"])
@@ -394,7 +448,7 @@ def disambiguation(faces, candidates, confidence, predicted, classes, columns=6,
     draw = ImageDraw.Draw(sheet)
     for i in range(len(faces)):
         x, y = 20 + i % columns * width, 20 + i // columns * height
-        face = Image.fromarray(faces[[i]][0].permute(1, 2, 0).squeeze().numpy()).convert("RGB")
+        face = as_picture(faces[[i]][0])
         sheet.paste(face.resize((side, side), Image.Resampling.BICUBIC), (x, y))
         draw.rectangle((x, y + side, x + side - 1, y + side + 30), "gainsboro")
         draw.text((x + 8, y + side + 4), f"voted: {classes[faces.labels[i]]}", "black", font(20))
@@ -417,8 +471,8 @@ def attention_of(model, run, images, names, titles, about):
     with autocast(run):
         tokens = model.encoder(x)[:, 1:]                                   # (n, HW, d)
         logits, maps = model.head(tokens, need_attention=True)             # (n, K) and the maps
-    shown = [Image.fromarray(f.permute(1, 2, 0).squeeze().numpy()) for f in images]
-    return attention_picture(shown, maps, logits.float().softmax(1).cpu(), names, titles)
+    shares = logits.float().softmax(1).cpu()
+    return attention_picture([as_picture(f) for f in images], maps, shares, names, titles)
 
 
 def pictures(run, model, state, faces, logits):
@@ -451,9 +505,7 @@ def disambiguated(run, model, state):
 
     None is chosen by what became of it.
     """
-    faces = load_split(run, "train")
-    if run.config["val"]:
-        faces, _ = hold_out(faces, run.config["val"], run.config["seed"])
+    faces, _ = training_faces(run)
     same_faces(run, state, faces)
     sizes = state["candidates"].sum(dim=1)
     rows = (sizes >= sizes.max().clamp(max=3)).nonzero().flatten()[:18]
@@ -515,9 +567,8 @@ def recognise(run, model, state, paths, landmarks, batch_size=64):
         if read:
             x = torch.stack(list(read.values())).to(run.device)            # (b, C, S, S)
             with torch.no_grad(), autocast(run):
-                output = model(normalise(resize(x, c["image_size"]), state))
-            output = output[0] if isinstance(output, tuple) else output
-            shares = dict(zip(read, output.float().softmax(dim=1).cpu()))  # path -> (K,)
+                logits = model(normalise(resize(x, c["image_size"]), state))
+            shares = dict(zip(read, logits.float().softmax(dim=1).cpu()))  # path -> (K,)
         for path in paths[i:i + batch_size]:
             yield (path, shares[path], read[path]) if path in read else (path, None, None)
             bar.update()
@@ -612,6 +663,8 @@ def main(argv=None):
     tell = print if int(os.environ.get("RANK", 0)) == 0 else lambda text: None
     for path in args.runs:
         result, config, log, draw = evaluate(path, args.split, overrides)
+        if draw:
+            keep_result(path, result)            # before it is told: a broken pipe loses nothing
         results.append((result, config))
         logs.append((path, log))
         if args.json:
@@ -622,10 +675,11 @@ def main(argv=None):
             tell("\n".join(result["notes"]) + "\n\n" + as_text(result, classes))
             if draw:
                 tell("\n" + save_pictures(folder_of(path) / "pictures", draw()))
-        if draw:
-            keep_result(path, result)
     if not args.json and (len(args.runs) > 1 or args.markdown):
         tell("\n".join(comparison(results, args.markdown)))
+        sets = comparison(results, args.markdown, BECAME)
+        if sets:
+            tell("\ntraining faces, what became of their candidate sets:\n\n" + "\n".join(sets))
         if not args.markdown:
             tell(save_pictures(Path("runs/pictures"), {"curves": curves(logs)}))
 

@@ -141,7 +141,8 @@ class ResNet18(nn.Module):
 class Recogniser(nn.Module):
     """Encoder, then a head that reads the visual tokens (Fig. 2); (B, 3, H, H) -> logits (B, K).
 
-    With `width` there is also PiCO's projection: unit vectors (B, width) from the mean token.
+    With `width` there is also PiCO's projection, which only its training asks for: then the output
+    is (logits, unit vectors (B, width) from the mean token).
     """
 
     def __init__(self, encoder, head, dim=0, width=0):
@@ -153,7 +154,7 @@ class Recogniser(nn.Module):
     def forward(self, images):
         tokens = self.encoder(images)[:, 1:]                              # (B, HW, d)
         logits = self.head(tokens)                                        # (B, K)
-        if self.projection is None:
+        if self.projection is None or not self.training:
             return logits
         return logits, F.normalize(self.projection(tokens.mean(dim=1)).float(), dim=1)
 
@@ -319,8 +320,7 @@ def predict(run, model, faces, batch_size=256):
         rows = range(i, min(i + batch_size, len(faces)))
         images = prepare(faces[rows].to(run.device), c["image_size"], c["data"])
         with autocast(run):
-            output = model(images)
-        logits[rows.start:rows.stop] = output[0] if isinstance(output, tuple) else output
+            logits[rows.start:rows.stop] = model(images)
     if run.world > 1:
         dist.all_reduce(logits)
     return logits

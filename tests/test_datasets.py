@@ -298,7 +298,8 @@ def uniform_rows(n=64, value=None):
 
 
 def test_augmentation_without_change_is_preparation():
-    u = uniform_rows(value=0.5)                                       # the middle of every range
+    u = uniform_rows()                                                # --crop-scale 1: no crop
+    u[:, 4] = 0.9                                                     # no flip
     plain = augment(plain_batch(), u, 24, "toy", scale=1.0)
     torch.testing.assert_close(plain, prepare(plain_batch(), 24, "toy"), rtol=1e-4, atol=1e-4)
     u[:, 4] = 0.0                                                     # a flip and nothing else
@@ -321,6 +322,8 @@ def test_crops_rotations_and_light_are_what_was_asked_for():
     h = (y[:, 60, 32] - y[:, 3, 32]) / 57
     assert 0.48 < (w * h).min() < 0.55 and 0.9 < (w * h).max() < 1.02
     assert w.min() > 0.59 and w.max() < 1.02 and 0.7 < (w / h).min() and (w / h).max() < 1.36
+    area = 0.5 + 0.5 * u[:, 0]
+    torch.testing.assert_close(w * h, area, rtol=0.02, atol=0.01)      # exactly what was drawn
     left = x[:, 32, 3] - 3 * w
     assert left.min() > -1 and (left + 64 * w).max() < 65    # no crop leaves the picture
     assert left.std() > 2 and y[:, 3, 32].std() > 2

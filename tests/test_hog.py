@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from hog import BINS, from_patches, hog, hog_targets, to_patches
+from hog import AT_ONCE, BINS, from_patches, hog, hog_targets, to_patches
 
 
 def slow_hog(image, cell):
@@ -93,6 +93,11 @@ def test_gradients_are_right_and_finite():
         flat = torch.ones(1, 3, 8, 8, requires_grad=True)
         hog(flat, binning=binning).sum().backward()
         assert flat.grad.isfinite().all()
+
+
+def test_a_face_has_one_hog_in_any_batch():
+    images = smooth_noise(AT_ONCE * 2 + 3, 3, 16, 16)         # more than are counted at a time
+    assert hog(images).equal(torch.cat([hog(image[None]) for image in images]))
 
 
 def test_targets_have_the_papers_shape_and_come_back():

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 
 import evaluate
@@ -12,7 +13,7 @@ import pretrain
 import train
 from conftest import TINY, flags_for, read_log, read_state
 from datasets import Faces, InputError
-from evaluate import comparison, not_in, vote_metrics
+from evaluate import BECAME, became, comparison, not_in, vote_metrics
 from pll import initial_confidence, pll_loss, revise
 from pretrain import command_line
 
@@ -172,6 +173,40 @@ def test_duplicates_are_found_by_their_pixels():
     assert not_in(make([0, 1, 2, 3]), make([3, 4, 1, 5])).tolist() == [True, False, True, False]
 
 
+def test_what_became_of_the_candidate_sets_counted_face_by_face():
+    """`became` again as a plain loop over faces, on random votes, sets and answers."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randint(0, 4, size, generator=generator)
+    votes = draw(300, 5).float() + F.one_hot(draw(300), 5)             # at least one vote each
+    candidates, labels, truth, predicted = votes > 0, votes.argmax(dim=1), draw(300), draw(300)
+    start = candidates / candidates.sum(dim=1, keepdim=True)
+    one_hot = F.one_hot((start * torch.rand(300, 5, generator=generator)).argmax(dim=1), 5)
+    confidence = torch.where(draw(300, 1) > 1, one_hot, start)
+    faces = Faces("toy", "train", None, labels, [str(i) for i in range(300)], votes, truth)
+    locked, reduced, voted, true, network, network_true = [], [], [], [], [], []
+    for i in range(300):
+        if candidates[i].sum() == 1:
+            continue
+        few, sure = votes[i].max() / votes[i].sum() < 0.5, confidence[i].max() == 1
+        label = int(confidence[i].argmax())
+        if sure and label != labels[i]:
+            locked.append(predicted[i] == labels[i])
+        if few:
+            reduced.append(sure)
+        if few and sure:
+            voted.append(label == labels[i])
+            true.append(label == truth[i])
+            network.append(predicted[i] == labels[i])
+            network_true.append(predicted[i] == truth[i])
+    expected = {"locked_in": locked, "disputed_revised": reduced, "disputed_as_voted": voted,
+                "disputed_as_true": true, "disputed_network_as_voted": network,
+                "disputed_network_as_true": network_true}
+    found = became(faces, candidates, confidence, predicted)
+    assert found.pop("disputed") == len(reduced) > 50
+    assert found == {k: pytest.approx(sum(map(int, v)) / len(v)) for k, v in expected.items()}
+    assert len(locked) > 20 and len(voted) > 20
+
+
 def result(accuracy, seed, *flags):
     config = train.parse(["--data", "raf", "--seed", str(seed), "--out", f"runs/{seed}", *flags])
     return {"accuracy": accuracy, "mean_class_accuracy": 0.5, "split": "test"}, config
@@ -185,6 +220,15 @@ def test_runs_that_differ_in_the_seed_are_one_row_with_mean_and_spread():
     assert lines[0].endswith("accuracy in the paper |")
     with pytest.raises(InputError, match="a second run of seed 0"):
         comparison([result(0.80, 0), result(0.80, 0)], True)
+
+
+def test_what_became_of_the_sets_is_a_table_of_the_runs_that_have_it():
+    with_sets, without = result(0.8, 0), result(0.7, 0, "--method", "baseline")
+    with_sets[0].update(revised=0.5, locked_in=0.25)
+    lines = comparison([with_sets, without], True, BECAME)
+    assert lines[0] == "| method | data | seeds | revised | locked in |"
+    assert lines[2:] == ["| ours | raf test | 1 | 50.0 | 25.0 |"]
+    assert comparison([without], True, BECAME) == []
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_rows_that_say_so():
@@ -214,8 +258,11 @@ def test_several_runs_are_compared_and_json_is_one_object_a_run(trained, cache, 
     train.main(flags_for("decoder", tmp_path, cache))
     capsys.readouterr()
     evaluate.main([str(trained), str(tmp_path), "--markdown"])
-    table = capsys.readouterr().out.splitlines()
+    text = capsys.readouterr().out
+    table, title, sets = (part.splitlines() for part in text.split("\n\n"))
     assert table[0].startswith("| method | data | seeds | accuracy |") and len(table) == 4
+    assert title == ["training faces, what became of their candidate sets:"]
+    assert sets[0].startswith("| method | data | seeds | revised | as voted |") and len(sets) == 3
     evaluate.main([str(trained), str(tmp_path), "--json"])
     objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [o["run"] for o in objects] == [str(trained), str(tmp_path)]

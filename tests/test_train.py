@@ -8,6 +8,7 @@ import torch
 import torchvision
 from torch.utils.data import DataLoader
 
+import decoder
 import evaluate
 import pretrain
 import train
@@ -152,6 +153,8 @@ def test_evaluation_prints_text_and_json_and_is_exact_with_two_processes(trained
     assert (f"{last['revised_as_voted']:.2%} as voted, {last['revised_as_true']:.2%} as drawn"
             in text)
     assert result["revised_as_true"] == last["revised_as_true"]
+    assert f"locked in            {result['locked_in']:7.2%}   of those not as voted" in text
+    assert f"disputed faces       {result['disputed_revised']:7.2%}   revised, " in text
     assert result["majority_class_rate"] == confusion.sum(1).max().item() / 1000
     two = json.loads(run_script("evaluate.py", trained, "--json", processes=2).stdout)
     assert two["confusion"] == result["confusion"]
@@ -357,6 +360,9 @@ def test_the_papers_settings_are_the_defaults_of_real_data():
     assert (c["head"], c["loss"], c["revise"], c["uniform_weight"]) == ("decoder", "pll", True, 1.0)
     s = pretrain.SETTINGS
     assert [s[k][0] for k in ("epochs", "batch_size", "lr", "mask_ratio")] == [600, 192, 2e-4, 0.4]
+    costed = [tuple(settings[k][0] for k in ("epochs", "batch_size"))
+              for settings in (pretrain.SETTINGS, train.SETTINGS)]
+    assert list(decoder.PAPER.values()) == costed            # what the cost table assumes
 
 
 def test_both_stages_at_the_papers_size():

@@ -1,9 +1,11 @@
 """vit.py: against torchvision's ViT, and the properties that masked pre-training relies on."""
 import pytest
 import torch
+import torch.nn.functional as F
 from torchvision.models import vision_transformer as tv
 
-from vit import ViT, drop_path, from_torchvision, interpolate_positions, patchify, take, unpatchify
+from vit import (LinearOfGELU, ViT, drop_path, from_torchvision, interpolate_positions, patchify, take,
+                 unpatchify)
 
 SMALL = dict(image_size=32, patch_size=8, dim=24, depth=3, heads=3)
 
@@ -44,6 +46,25 @@ def test_vit_b_16_equals_torchvision_and_has_its_parameters():
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         assert (ours.classify(images) - theirs(images)).abs().max() < 1e-5
+
+
+def test_the_mlp_that_computes_gelu_again_is_the_plain_one():
+    """`LinearOfGELU` keeps less than autograd would; values and gradients are the same."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    assert LinearOfGELU.apply(x, weight, bias).equal(F.linear(F.gelu(x), weight, bias))
+    assert torch.autograd.gradcheck(LinearOfGELU.apply, (x, weight, bias))
+    gradients = []
+    for function in (LinearOfGELU.apply, lambda x, w, b: F.linear(F.gelu(x), w, b)):
+        leaves = [v.detach().float().requires_grad_() for v in (x, weight, bias)]
+        with torch.autocast("cpu", torch.bfloat16):                   # as on a CUDA card
+            function(leaves[0].bfloat16(), *leaves[1:]).float().square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for ours, plain in zip(*gradients):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, plain, rtol=0.02, atol=0.02)
 
 
 def test_attention_is_the_formula():
