@@ -827,29 +827,34 @@ def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch
     save()                       # a disk that cannot hold it is an error now, not after an epoch
     if draw and not saved:
         save_picture(run, draw, 0, "before training")
-    network = DistributedDataParallel(model) if run.world > 1 else model
+    network = model if run.world == 1 else DistributedDataParallel(
+        model, gradient_as_bucket_view=True)             # no second copy of the gradients
     network = torch.compile(network) if c["compile"] else network
     with caught_signals() as signals:
         while state["step"] < steps * c["epochs"]:           # Algorithm 1, line 2
             first, begin = state["step"], time.time()
             stop = train_epoch(run, network, optimizer, scaler, faces, step_loss, state, signals)
-            if state["step"] % steps == 0:
-                record = {"epoch": state["step"] // steps, **means(run, state["sums"], steps),
+            done, within = divmod(state["step"], steps)      # epochs, and steps of the next one
+            if not within:
+                record = {"epoch": done, **means(run, state["sums"], steps),
                           "lr": optimizer.param_groups[-1]["lr"],
                           **pace(run, begin, state["step"] - first, steps * c["epochs"] - first)}
-                record.update(end_of_epoch(record) if end_of_epoch else {})
-                state["log"].append(record)
-                state["sums"] = {}
-                say(run, f"epoch {record['epoch']}/{c['epochs']}  " + "  ".join(
-                    f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"))
+                end_epoch(run, state, record, end_of_epoch)
             save()
-            if draw and state["step"] % steps == 0:
-                done = state["step"] // steps
-                if done == c["epochs"] or done % c["picture_every"] == 0:
-                    save_picture(run, draw, done, f"loss {record['loss']:.4f}")
-            if stop and state["step"] < steps * c["epochs"]:
+            if draw and not within and (done == c["epochs"] or done % c["picture_every"] == 0):
+                save_picture(run, draw, done, f"loss {record['loss']:.4f}")
+            if stop and done < c["epochs"]:
                 raise Stopped(f"after step {state['step']} by a signal, all is saved; go on with "
                               "the same command and --resume", 128 + (signals or [15])[0])
+
+
+def end_epoch(run, state, record, end_of_epoch):
+    """Complete an epoch's record, put it into the log and print it."""
+    record.update(end_of_epoch(record) if end_of_epoch else {})
+    state["log"].append(record)
+    state["sums"] = {}
+    say(run, f"epoch {record['epoch']}/{run.config['epochs']}  " + "  ".join(
+        f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"))
 
 
 def pace(run, begin, done, left):

@@ -18,6 +18,7 @@ import math
 import multiprocessing
 import operator
 import os
+import shutil
 import socket
 import statistics
 import sys
@@ -123,16 +124,16 @@ def number(value):
 def row(what, against, unit, ours, theirs, goal="", reason="not installed, or --quick"):
     """Print a row. ours, theirs: numbers of the rounds, in `unit`; goal such as "<= 1.1" or "".
 
-    Without theirs the row gives the reason instead.
+    Without one of them the row gives the reason instead.
     """
     cells, met = [reason, "-", "-"], "-"
-    if theirs:
+    if ours and theirs:
         ratios = [a / b for a, b in zip(ours, theirs)]
         cells = [number(statistics.median(values)) for values in (ratios, ours, theirs)]
         if len(ratios) > 1:
             cells[0] += f" ({number(min(ratios))} to {number(max(ratios))})"
         cells[1:] = [f"{cell} {unit}" for cell in cells[1:]]
-    if theirs and goal:
+    if ours and theirs and goal:
         sign, limit = goal.split()
         holds = {"<": operator.lt, "<=": operator.le, ">=": operator.ge}[sign]
         met = "yes" if holds(statistics.median(ratios), float(limit)) else "no"
@@ -306,7 +307,8 @@ def training_step(flags, faces, rank=0, world=1):
     groups = pretrain.parameter_groups(model, config["weight_decay"], config["depth"])
     optimizer = torch.optim.AdamW(groups, lr=1e-5, fused=True)
     step_loss = train.algorithm_1(run, model, faces, train.confidence_table(run, faces, None))
-    network = DistributedDataParallel(model) if world > 1 else model
+    network = model if world == 1 else DistributedDataParallel(model, gradient_as_bucket_view=True)
+    network = torch.compile(network) if config["compile"] else network
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
     def step(images, indices):
@@ -370,6 +372,23 @@ def finetune_rows(args):
     seconds = take_turns({"ours": lambda: ours(images, indices), "plain": plain}, args.repeats)
     row("fine-tuning step: label decoder, Eq. 2-5, C", "linear head, cross-entropy", "ms an image",
         ms(seconds["ours"], args.batch), ms(seconds["plain"], args.batch), "<= 1.08")
+
+
+def compile_rows(args):
+    """What --compile gains: a step of Algorithm 1 at both scales, compiled once before."""
+    large = [f"--{k.replace('_', '-')}={v}" for k, v in args.sizes.items()] + ["--data", "raf"]
+    for name, data, flags, batch in (("laptop", "ferplus", LAPTOP, 32),
+                                     ("paper", "raf", large, args.batch)):
+        faces, indices = synthetic(data, batch, args.folder), torch.arange(batch)
+        sides = {"plain": training_step([*flags, f"--batch-size={batch}"], faces)[2]}
+        if not args.quick and any(map(shutil.which, ("c++", "g++", "clang++"))):
+            flags = [*flags, f"--batch-size={batch}", "--compile"]
+            sides["compiled"] = training_step(flags, faces)[2]
+        seconds = take_turns({name: lambda step=step: step(faces[indices], indices)
+                              for name, step in sides.items()}, args.repeats)
+        row(f"training step, {name} scale, with --compile", "without", "ms an image",
+            ms(seconds.get("compiled", []), batch), ms(seconds["plain"], batch),
+            reason="no C++ compiler, or --quick")
 
 
 def evaluate_rows(args):
@@ -462,8 +481,8 @@ def growth_rows(args):
 
 
 GROUPS = {"vit": vit_rows, "pretrain": pretrain_rows, "hog": hog_rows, "reading": reading_rows,
-          "finetune": finetune_rows, "evaluate": evaluate_rows, "processes": processes_rows,
-          "growth": growth_rows}
+          "finetune": finetune_rows, "compile": compile_rows, "evaluate": evaluate_rows,
+          "processes": processes_rows, "growth": growth_rows}
 
 
 def main():
