@@ -55,10 +55,10 @@ def magnitude_and_angle(gx, gy):
     Where the image is flat the angle has no meaning and the derivatives of sqrt and atan2 do not
     exist: such pixels are given length 0, a constant, and angle 0.
     """
-    power = gx.square() + gy.square()
+    power = gx.square().add_(gy.square())
     flat = power == 0
     magnitude = torch.where(flat, 0.0, torch.where(flat, 1.0, power).sqrt())
-    angle = torch.atan2(gx, torch.where(flat, 1.0, gy)) / math.pi * BINS
+    angle = torch.atan2(gx, torch.where(flat, 1.0, gy)).div_(math.pi).mul_(BINS)
     return magnitude, angle                                             # (B, C, H, W)
 
 
@@ -72,7 +72,7 @@ def cell_sums(bins, votes, cell):
     row = torch.arange(votes.shape[-2], device=votes.device) // cell
     column = torch.arange(votes.shape[-1], device=votes.device) // cell
     place = (row[:, None] + 2 * BINS * height) * width + column         # of bin 0, (H, W)
-    place = bins.long() * (height * width) + place                      # (B, C, H, W)
+    place = torch.add(place, bins, alpha=height * width).long()         # (B, C, H, W)
     planes = votes.new_zeros(*votes.shape[:2], 4 * BINS * height * width)
     planes = planes.scatter_add(2, place.flatten(2), votes.flatten(2))  # each pixel votes once
     return planes.unflatten(2, (4, BINS, height, width)).sum(dim=2)     # (B, C, 9, H/8, W/8)
