@@ -31,7 +31,7 @@ from test_hog import ramp
 
 
 def test_exercise_1_a_flat_cheek_is_not_an_edge():
-    """Edit `hog.hog`.
+    """Edit `hog.cell_histograms`.
 
     Now every cell that is not perfectly flat gets a histogram of length 1: the noise on a cheek is
     as strong a target as the edge of a lip. Divide the histogram v of a cell and channel by
