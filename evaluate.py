@@ -69,9 +69,10 @@ COLUMNS = [("held_out_accuracy", "held out", True),
 BECAME = [("revised", "revised", True), ("revised_as_voted", "as voted", True),
           ("revised_as_true", "as drawn", True), ("locked_in", "locked in", True),
           ("disputed_revised", "disputed: revised", True),
-          ("disputed_as_voted", "as voted", True), ("disputed_as_true", "as drawn", True),
-          ("disputed_network_as_voted", "network as voted", True),
-          ("disputed_network_as_true", "network as drawn", True)]
+          ("disputed_as_voted", "disputed: as voted", True),
+          ("disputed_as_true", "disputed: as drawn", True),
+          ("disputed_network_as_voted", "disputed: network as voted", True),
+          ("disputed_network_as_true", "disputed: network as drawn", True)]
 
 
 def reliability(logits, votes, bins=15):
@@ -117,22 +118,23 @@ def disputed(votes):
 
 
 def became(faces, candidates, confidence, predicted):
-    """Does disambiguation disambiguate? What became of the training faces, in shares 0 .. 1.
+    """Does disambiguation disambiguate? What became of the training faces; shares are 0 .. 1.
 
     candidates, confidence (n, K), predicted (n,), the network's answers to the faces as they are.
     `locked_in`: of the sets that were reduced to one label which is not the voted one, those of
-    which the network says the voted label by now; Eq. (5) cannot go back. The others are of faces
-    with several candidates on which fewer than half of the votes agree: how many were reduced, and
-    of these how often to the voted label (on the toy: to the drawn class), and how often the
-    network says it.
+    which the network says the voted label by now; Eq. (5) cannot go back. The others, where there
+    are votes, are of faces with several candidates on which fewer than half of the votes agree: how
+    many were reduced, and of these how often to the voted label (on the toy: to the drawn class),
+    and how often the network says it.
     """
     several, label = candidates.sum(dim=1) > 1, confidence.argmax(dim=1)   # (n,)
-    reduced, few = several & is_revised(confidence), several & disputed(faces.votes)
-    share = lambda hits, of: {hits: of.float().mean().item()} if len(of) else {}
-    wrong = reduced & (label != faces.labels)
-    found = {"disputed": int(few.sum()),
-             **share("locked_in", (predicted == faces.labels)[wrong]),
-             **share("disputed_revised", reduced[few])}
+    share = lambda name, hits: {name: hits.float().mean().item()} if len(hits) else {}
+    reduced = several & is_revised(confidence)
+    found = share("locked_in", (predicted == faces.labels)[reduced & (label != faces.labels)])
+    if faces.votes is None:
+        return found
+    few = several & disputed(faces.votes)
+    found.update(disputed_faces=int(few.sum()), **share("disputed_revised", reduced[few]))
     for name, right in (("voted", faces.labels), ("true", faces.truth)):
         if right is not None:
             found.update(share(f"disputed_as_{name}", (label == right)[few & reduced]))
@@ -189,18 +191,21 @@ def as_text(result, classes):
     if "accuracy_on_truth" in result:
         lines.append(f"accuracy on truth    {result['accuracy_on_truth']:7.2%}   "
                      f"(the crowd's label: {result['crowd_on_truth']:.2%})")
+    if "disputed_accuracy" in result:
+        lines.append(f"on disputed faces    {result['disputed_accuracy']:7.2%}   (fewer than half "
+                     "of the votes agree)")
     if "revised" in result:
         agree = [f"{result[key]:.2%} {text}" for key, text in (
             ("revised_as_voted", "as voted"), ("revised_as_true", "as drawn")) if key in result]
         lines.append(f"revised in training  {result['revised']:7.2%}   of its faces"
                      + (f", {', '.join(agree)}" if agree else ""))
     if "locked_in" in result:
-        lines.append(f"locked in            {result['locked_in']:7.2%}   of those not as voted: the "
-                     "network now says the voted label")
+        lines.append(f"locked in            {result['locked_in']:7.2%}   of those not as voted: "
+                     "the network now says the voted label")
     if "disputed_as_voted" in result:
-        lines.append(f"disputed faces       {result['disputed_revised']:7.2%}   revised, "
-                     f"{result['disputed_as_voted']:.2%} of these as voted (of "
-                     f"{result['disputed']} on which fewer than half agree)")
+        lines.append(f"disputed in training {result['disputed_revised']:7.2%}   of "
+                     f"{result['disputed_faces']} are revised, {result['disputed_as_voted']:.2%} "
+                     "of these as voted")
     percent = lambda v: "-" if v is None else f"{v:.1%}"
     lines += ["", f"{'class':12s} {'faces':>6s} {'recall':>8s} {'precision':>10s}"]
     lines += [f"{name:12s} {row['faces']:6d} {percent(row['recall']):>8s} "
@@ -257,7 +262,7 @@ def evaluate(path, split, overrides):
               **{k: v for k, v in last.items() if k.startswith("revised")}}
     if run.config["val"]:                        # of the training set, what choices are made on
         result["held_out_accuracy"] = last["val_accuracy"]
-    if run.config["revise"] and faces.votes is not None:
+    if run.config["revise"]:
         known, _ = training_faces(run)
         same_faces(run, state, known)
         result.update(became(known, state["candidates"], state["confidence"],

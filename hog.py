@@ -31,7 +31,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 BINS = 9  # orientations of 20 degrees each
 AT_ONCE = 8  # images of a batch whose votes are counted at a time
-AT_ONCE = 8  # images of a batch
 
 
 def gradients(images):
@@ -98,8 +97,8 @@ def hog(images, cell=8, binning="hard"):
     binning "hard" gives a pixel's whole vote to the bin floor(angle) mod 9, as MaskFeat does;
     "linear" splits it between the two bins whose centres are nearest, in proportion, which makes
     the result continuous and differentiable in the angle too. fp32 even under autocast and for
-    half-precision images; float64 stays float64. Raises ValueError for a size that cells do not
-    fill.
+    half-precision images; float64 stays float64. Images must be finite. Raises ValueError for a
+    size that cells do not fill.
     """
     if images.shape[-1] % cell or images.shape[-2] % cell:
         raise ValueError(f"an image of {images.shape[-2]} x {images.shape[-1]} pixels is not "

@@ -799,7 +799,7 @@ def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch
     """Train for the epochs of the settings, from the start or from the checkpoint `saved`.
 
     step_loss(network, images, indices, step) -> (loss, {name: scalar tensor}) is one step's
-    computation; extra() is more state for the checkpoint; end_of_epoch(epoch) -> {name: number} is
+    computation; extra() is more state for the checkpoint; end_of_epoch(record) -> {name: number} is
     logged beside the means of the step's scalars; draw(note), if given, makes a PIL picture for
     the run folder at the start, every `picture_every` epochs and at the end. All that is random is
     a function of the seed and the step, so a resumed run draws what an uninterrupted one draws.
@@ -839,7 +839,7 @@ def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch
                 record = {"epoch": done, **means(run, state["sums"], steps),
                           "lr": optimizer.param_groups[-1]["lr"],
                           **pace(run, begin, state["step"] - first, steps * c["epochs"] - first)}
-                end_epoch(run, state, record, end_of_epoch)
+                close_epoch(run, state, record, end_of_epoch)
             save()
             if draw and not within and (done == c["epochs"] or done % c["picture_every"] == 0):
                 save_picture(run, draw, done, f"loss {record['loss']:.4f}")
@@ -848,7 +848,7 @@ def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch
                               "the same command and --resume", 128 + (signals or [15])[0])
 
 
-def end_epoch(run, state, record, end_of_epoch):
+def close_epoch(run, state, record, end_of_epoch):
     """Complete an epoch's record, put it into the log and print it."""
     record.update(end_of_epoch(record) if end_of_epoch else {})
     state["log"].append(record)

@@ -11,6 +11,8 @@ import shlex
 
 import pytest
 
+import decoder
+import evaluate
 from conftest import ROOT, run_script
 
 FILES = "vit hog pretrain decoder pll datasets train evaluate".split()
@@ -159,13 +161,30 @@ def test_every_file_and_test_that_the_readme_names_exists():
     assert len(TEXT.splitlines()) <= 465
 
 
+def test_the_cost_table_is_what_decoder_py_prints():
+    for line in decoder.cost_table(12_271):
+        assert line in TEXT
+
+
+def test_the_tables_of_kept_runs_are_what_evaluate_py_prints_of_them(capsys):
+    """Each row of tests/results stands in the README, without what all rows say of themselves."""
+    folders = sorted(str(path.parent) for path in (ROOT / "tests/results").glob("*/*/val.json"))
+    evaluate.main([*folders, "--split", "val", "--markdown"])
+    lines = capsys.readouterr().out.replace(", scale laptop", "").replace(", val 0.1", "")
+    rows = [re.sub(r", warmup_\w+ \d+", "", line) for line in lines.splitlines() if line]
+    assert len(rows) > 10
+    for line in rows:
+        assert line in TEXT, line
+
+
 def test_the_benchmark_runs_in_small():
     """tests/benchmark.py is not collected; here every group of it is measured at a tiny size."""
     done = run_script("tests/benchmark.py", "--quick")
     rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
     assert len(rows) > 20 and all(len(row) == len(rows[0]) for row in rows)
     for what in ("ViT", "pre-training step", "HOG", "reading", "fine-tuning step", "evaluation",
-                 "two processes", "C in a step", "laptop-scale training", "two blocks"):
+                 "with --compile", "two processes", "C in a step", "laptop-scale training",
+                 "two blocks"):
         assert any(what in row[0] for row in rows), what
 
 

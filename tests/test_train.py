@@ -127,10 +127,10 @@ def test_a_loss_that_is_not_finite_in_an_early_part_stops_the_run(tmp_path, cach
 
 
 def test_a_compiled_network_is_the_same_network(tmp_path, cache, monkeypatch):
-    """Compiled by the backend that changes nothing: its checkpoint has the plain names."""
+    """Compiled by a backend that needs no C++ compiler: its checkpoint has the plain names."""
     compiled, plain = [], torch.compile
     monkeypatch.setattr(torch, "compile", lambda network: (
-        compiled.append(network), plain(network, backend="eager"))[1])
+        compiled.append(network), plain(network, backend="aot_eager"))[1])
     flags = [*TINY, "--init", "none", "--epochs", "1", "--cache", str(cache), "--out"]
     train.main([*flags, str(tmp_path / "plain")])
     train.main([*flags, str(tmp_path / "compiled"), "--compile"])
@@ -154,7 +154,13 @@ def test_evaluation_prints_text_and_json_and_is_exact_with_two_processes(trained
             in text)
     assert result["revised_as_true"] == last["revised_as_true"]
     assert f"locked in            {result['locked_in']:7.2%}   of those not as voted" in text
-    assert f"disputed faces       {result['disputed_revised']:7.2%}   revised, " in text
+    state, faces = read_state(trained), load_faces("toy", None, "train", 96, cache=str(cache))
+    few = faces.votes.max(dim=1).values < 5                              # of ten votes
+    revised = is_revised(state["confidence"]) & (state["candidates"].sum(dim=1) > 1)
+    assert result["disputed_faces"] == few.sum() > 100
+    assert result["disputed_revised"] == pytest.approx(revised[few].float().mean().item())
+    assert f"disputed in training {result['disputed_revised']:7.2%}   of {few.sum()} are" in text
+    assert f"on disputed faces    {result['disputed_accuracy']:7.2%}   " in text
     assert result["majority_class_rate"] == confusion.sum(1).max().item() / 1000
     two = json.loads(run_script("evaluate.py", trained, "--json", processes=2).stdout)
     assert two["confusion"] == result["confusion"]
