@@ -167,8 +167,8 @@ def test_the_cost_table_is_what_decoder_py_prints():
 
 
 def test_the_tables_of_kept_runs_are_what_evaluate_py_prints_of_them(capsys):
-    """Each row of tests/results stands in the README, without what all rows say of themselves."""
-    folders = sorted(str(path.parent) for path in (ROOT / "tests/results").glob("*/*/val.json"))
+    """Each row stands in the README, without what all rows say of themselves."""
+    folders = sorted(map(str, (ROOT / "tests/results/ferplus-4-epochs").iterdir()))
     evaluate.main([*folders, "--split", "val", "--markdown"])
     lines = capsys.readouterr().out.replace(", scale laptop", "").replace(", val 0.1", "")
     rows = [re.sub(r", warmup_\w+ \d+", "", line) for line in lines.splitlines() if line]
