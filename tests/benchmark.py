@@ -6,7 +6,7 @@ over the rounds, with its range. Weights are random and nothing is downloaded. t
 and scikit-image are peers that the project does not need: what is not installed is said so.
 Needs Linux, where a process can read its own memory.
 
-Run:  python tests/benchmark.py --data-dir DIR      (FERPlus; a quarter of an hour on two cores)
+Run:  python tests/benchmark.py --data-dir DIR      (FERPlus; ten minutes on two cores)
       python tests/benchmark.py --only vit hog
       python tests/benchmark.py --quick             (tiny sizes: shows that it runs, no more)
 """
