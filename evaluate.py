@@ -262,12 +262,14 @@ def evaluate(path, split, overrides):
               **{k: v for k, v in last.items() if k.startswith("revised")}}
     if run.config["val"]:                        # of the training set, what choices are made on
         result["held_out_accuracy"] = last["val_accuracy"]
+    known = answers = None
     if run.config["revise"]:
         known, _ = training_faces(run)
         same_faces(run, state, known)
-        result.update(became(known, state["candidates"], state["confidence"],
-                             predict(run, model, known).argmax(dim=1).cpu()))
-    return result, run.config, state["log"], lambda: pictures(run, model, state, faces, logits)
+        answers = predict(run, model, known).argmax(dim=1).cpu()           # (n,) of training
+        result.update(became(known, state["candidates"], state["confidence"], answers))
+    return result, run.config, state["log"], lambda: pictures(run, model, state, faces, logits,
+                                                              known, answers)
 
 
 def stored(folder, kept):
@@ -326,10 +328,10 @@ def comparison(results, markdown, columns=COLUMNS):
                              "same settings; name each run once")
         group.append((result, config))
     columns = [c for c in columns if any(c[0] in result for result, _ in results)]
-    rows = [["method", "data", "seeds"] + [heading for _, heading, _ in columns] +
-            ["accuracy in the paper"]]
     if not columns:
         return []
+    rows = [["method", "data", "seeds"] + [heading for _, heading, _ in columns] +
+            ["accuracy in the paper"]]
     for group in sorted(groups.values(), key=lambda g: list(METHODS).index(g[0][1]["method"])):
         config, cells = group[0][1], []
         for key, _, percent in columns:
@@ -480,8 +482,11 @@ def attention_of(model, run, images, names, titles, about):
     return attention_picture([as_picture(f) for f in images], maps, shares, names, titles)
 
 
-def pictures(run, model, state, faces, logits):
-    """All pictures of a run and a split: {file name: PIL RGB}."""
+def pictures(run, model, state, faces, logits, known, answers):
+    """All pictures of a run and a split: {file name: PIL RGB}.
+
+    known, answers: of a run that revises, its training faces and what the network says of them.
+    """
     classes, c = state["classes"], run.config
     result = measure(logits, faces, classes)
     made = {f"confusion-{faces.split}": confusion_picture(result, classes),
@@ -501,23 +506,20 @@ def pictures(run, model, state, faces, logits):
         made["queries"] = cosines([("before", before), ("after", after),
                                    ("simplex", simplex(*after.shape))], classes, c["tau"])
     if c["revise"]:
-        made["disambiguation"] = disambiguated(run, model, state)
+        made["disambiguation"] = disambiguated(state, known, answers)
     return made
 
 
-def disambiguated(run, model, state):
+def disambiguated(state, faces, answers):
     """Fig. 4 of the first 18 training faces whose sets have three labels, or as many as there are.
 
-    None is chosen by what became of it.
+    faces, answers (n,): all of them, and what the network says. None of the 18 is chosen by what
+    became of it.
     """
-    faces, _ = training_faces(run)
-    same_faces(run, state, faces)
     sizes = state["candidates"].sum(dim=1)
     rows = (sizes >= sizes.max().clamp(max=3)).nonzero().flatten()[:18]
-    shown = faces.subset(rows)
-    predicted = predict(run, model, shown).argmax(dim=1).cpu()
-    return disambiguation(shown, state["candidates"][rows], state["confidence"][rows], predicted,
-                          state["classes"])
+    return disambiguation(faces.subset(rows), state["candidates"][rows], state["confidence"][rows],
+                          answers[rows], state["classes"])
 
 
 def save_pictures(folder, made):
