@@ -168,13 +168,27 @@ def test_the_cost_table_is_what_decoder_py_prints():
 
 def test_the_tables_of_kept_runs_are_what_evaluate_py_prints_of_them(capsys):
     """Each row stands in the README, without what all rows say of themselves."""
-    folders = sorted(map(str, (ROOT / "tests/results/ferplus-4-epochs").iterdir()))
+    folders = sorted(map(str, (ROOT / "tests/results/ferplus").iterdir()))
     evaluate.main([*folders, "--split", "val", "--markdown"])
     lines = capsys.readouterr().out.replace(", scale laptop", "").replace(", val 0.1", "")
     rows = [re.sub(r", warmup_\w+ \d+", "", line) for line in lines.splitlines() if line]
-    assert len(rows) > 10
+    assert len(rows) > 20
     for line in rows:
         assert line in TEXT, line
+
+
+def test_a_setting_that_was_varied_alone_has_its_effect_beside_its_switch():
+    """tests/results/ferplus-search/FLAG=VALUE: per cent of the held-out faces / of Valid."""
+    part = TEXT.split("## What the paper leaves open")[1].split("\n## ")[0].splitlines()
+    runs = sorted((ROOT / "tests/results/ferplus-search").iterdir())
+    assert len(runs) > 5
+    for run in runs:
+        flag, value = run.name.replace("_", " ").split("=")
+        result = json.loads((run / "val.json").read_text())
+        held_out, accuracy = (f"{100 * result[key]:.1f}" for key in ("held_out_accuracy",
+                                                                     "accuracy"))
+        effect = f"{value}: {held_out} / {accuracy}"
+        assert any(f"`--{flag}`" in line and effect in line for line in part), (flag, effect)
 
 
 def test_the_benchmark_runs_in_small():

@@ -67,24 +67,6 @@ def test_the_mlp_that_computes_gelu_again_is_the_plain_one():
         torch.testing.assert_close(ours, plain, rtol=0.02, atol=0.02)
 
 
-def test_attention_is_the_formula():
-    """softmax(q k^T / sqrt(d/h)) v, head by head and token by token, as plain loops."""
-    torch.manual_seed(0)
-    layer = ViT(**SMALL).blocks[0].attn
-    x = torch.randn(1, 5, 24)
-    size = 24 // 3
-    rows = (x[0] @ layer.qkv.weight.T + layer.qkv.bias)          # (5, 72): q, k, v side by side
-    out = torch.zeros(5, 24)
-    for head in range(3):
-        q, k, v = (rows[:, part * 24 + head * size:][:, :size] for part in range(3))
-        for i in range(5):
-            scores = [(q[i] @ k[j]).item() / size ** 0.5 for j in range(5)]
-            weights = torch.tensor(scores).exp()
-            weights = weights / weights.sum()
-            out[i, head * size:(head + 1) * size] = sum(weights[j] * v[j] for j in range(5))
-    torch.testing.assert_close(layer(x)[0], layer.proj(out), rtol=1e-4, atol=1e-5)
-
-
 def test_patchify_order_and_round_trip():
     images = torch.arange(2 * 3 * 8 * 8.0).reshape(2, 3, 8, 8)
     patches = patchify(images, 4)
