@@ -1,6 +1,9 @@
 """Runs that are interrupted, killed, restarted or given wrong numbers; nothing is lost."""
+import contextlib
+import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -87,8 +90,9 @@ def wait_for(condition, seconds=120):
 
 def start_script(script, flags, before=(), **how):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
     return subprocess.Popen([sys.executable, *before, str(ROOT / script), *flags], text=True,
-                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+                            env=environment, **how)
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -353,9 +357,34 @@ def test_memory_is_flat_over_200_steps(tmp_path, cache, monkeypatch):
 
 
 def test_an_epoch_tells_how_long_is_left_and_where_time_goes(trained):
-    import json
     for line, left in zip((trained / "log.jsonl").read_text().splitlines(), (True, False)):
         record = json.loads(line)
         assert record["images_per_second"] > 0 and (record["seconds_left"] > 0) <= left
         assert 0 < record["data_share"] and 0 < record["target_share"]
         assert record["data_share"] + record["target_share"] < 1
+
+
+def test_on_a_terminal_a_bar_is_drawn_and_wiped_before_the_epochs_line(tmp_path, cache):
+    pty, fcntl, termios = map(pytest.importorskip, ("pty", "fcntl", "termios"))   # Unix alone
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))     # rows, columns
+    run = start_script("train.py", [*TINY, "--init", "none", "--out", str(tmp_path), "--cache",
+                                    str(cache)], stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    written = b""
+    with contextlib.suppress(OSError):                   # how Linux says that all of it was read
+        while part := os.read(ours, 65_536):
+            written += part
+    os.close(ours)
+    assert run.wait(timeout=60) == 0
+    lines = written.decode().replace("\r\n", "\n").split("\n")
+    for epoch in (1, 2):
+        line = next(line for line in lines if f"\repoch {epoch}/2  loss" in line)
+        bar, blank, record = line.rsplit("\r", 2)         # each drawn over the one before
+        assert f"epoch {epoch}/2: " in bar and "it/s" in bar
+        assert not blank.strip() and len(blank) >= len(bar.split("\r")[-1])
+        assert "it/s" not in record
+    run = start_script("train.py", [*TINY, "--init", "none", "--out", str(tmp_path / "piped"),
+                                    "--cache", str(cache)])
+    text, error = run.communicate(timeout=60)
+    assert not error and "it/s" not in text and "\r" not in text
