@@ -5,12 +5,16 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
+from datasets import Faces  # noqa: E402
+
+CPU = torch.device("cpu")
 
 # A run of seconds: small pictures, a small model, few steps (counts of the toy: 2000, 500, 1000).
 TINY = ("--image-size 16 --patch-size 4 --dim 16 --depth 2 --heads 2 --batch-size 250 --epochs 2 "
@@ -61,6 +65,13 @@ def flags_for(method, out, cache, *more):
 def read_state(folder):
     """last.pt as a dict."""
     return torch.load(pathlib.Path(folder) / "last.pt", weights_only=True)
+
+
+def faces_with(labels, votes=None):
+    """Faces of the toy with these labels, whose images nobody looks at."""
+    labels = torch.tensor(labels)
+    return Faces("toy", "train", np.zeros((len(labels), 3, 2, 2), np.uint8), labels,
+                 [str(i) for i in range(len(labels))], votes)
 
 
 @pytest.fixture(scope="session")

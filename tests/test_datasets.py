@@ -1,5 +1,6 @@
 """datasets.py: the layouts on disk, votes to labels, alignment, augmentation, the toy."""
 import csv
+import json
 import os
 import pathlib
 import shutil
@@ -10,6 +11,9 @@ import torch
 from PIL import Image, ImageOps
 
 import datasets
+import evaluate
+import train
+from conftest import TINY
 from datasets import (DATA, PROTOTYPES, TEMPLATE, Faces, InputError, align, augment, five_points,
                       hold_out, listing, load_faces, prepare, read_image, similarity, toy_sample,
                       voted_label)
@@ -279,6 +283,7 @@ def test_the_toy_passes_its_check_and_is_drawn(tmp_path, capsys, monkeypatch):
     datasets.main(["--split", "val"])
     text = capsys.readouterr().out
     assert "test: 20 faces of 20 drawn" in text and "20 faces read, 0 unreadable; 0 repeat" in text
+    assert "also stand in" not in text                     # the splits are other faces
     assert text.endswith("contact sheet: runs/toy-val.png\nstatistics: runs/toy-statistics.png\n"
                          "no problem\n")
     with Image.open(tmp_path / "runs/toy-val.png") as sheet:
@@ -438,3 +443,49 @@ def test_affectnet_without_a_class_or_without_images_is_one_error(tmp_path):
     found = "class contempt: 0 faces for the test split, officially 500"
     with pytest.raises(InputError, match=found):
         listing("affectnet8", tmp_path, "test")
+
+
+def test_a_ferplus_is_trained_and_judged_on_its_own_splits(tmp_path, capsys):
+    rows = [("Training", 1, 0), ("Training", 2, 3), ("PublicTest", 2, 3), ("PublicTest", 4, 0),
+            ("PrivateTest", 5, 1)]                         # usage, shade of the image, class
+    folder = dict(Training="FER2013Train", PublicTest="FER2013Valid", PrivateTest="FER2013Test")
+    with open(tmp_path / "fer2013new.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["Usage", "Image name"] + KINDS)
+        for i, (usage, shade, label) in enumerate(rows):
+            table.writerow([usage, f"fer{i}.png"] + [9 * (k == label) for k in range(10)])
+            grey(tmp_path / folder[usage] / f"fer{i}.png", 40 * shade)
+    train.main(["--data", "ferplus", "--data-dir", str(tmp_path), "--partial", "--scale", "laptop",
+                *TINY, "--batch-size", "2", "--init", "none", "--cache", str(tmp_path / "cache"),
+                "--out", str(tmp_path / "run")])
+    capsys.readouterr()
+    for split, faces, duplicates, name in (("val", 2, 1, "neutral"), ("test", 1, 0, "happiness")):
+        evaluate.main([str(tmp_path / "run"), "--split", split, "--json"])
+        found = json.loads(capsys.readouterr().out)
+        assert (found["faces"], found["duplicates"]) == (faces, duplicates)   # shade 2: in Training
+        assert found["per_class"][name]["faces"] == 1
+
+
+def test_official_classes_and_counts():
+    assert DATA["raf"]["classes"] == "surprise fear disgust happiness sadness anger neutral".split()
+    assert DATA["affectnet8"]["classes"] == ("neutral happiness sadness surprise fear disgust "
+                                             "anger contempt").split()
+    assert DATA["affectnet7"]["classes"] == DATA["affectnet8"]["classes"][:7]
+    assert DATA["ferplus"]["classes"] == ("neutral happiness surprise sadness anger disgust fear "
+                                          "contempt").split()
+    counts = lambda data: tuple(DATA[data]["counts"].values())
+    assert counts("raf") == (12_271, 3_068) and counts("ferplus") == (28_709, 3_589, 3_589)
+    assert counts("affectnet7") == counts("affectnet8") == (None, 500)
+
+
+def test_a_subset_of_a_subset_is_of_the_faces_that_it_names(cache):
+    faces = load_faces("toy", None, "val", 16, cache=cache)
+    twice = faces.subset(torch.tensor([3, 8, 20, 40])).subset(torch.tensor([3, 1]))
+    assert twice.names == [faces.names[40], faces.names[8]]
+    assert twice[[0, 1]].equal(faces[[40, 8]])
+
+
+def test_shrinking_averages_and_does_not_pick():
+    images = (torch.arange(96) % 2 * 255).byte().expand(1, 1, 96, 96)   # stripes of one pixel
+    inner = datasets.resize(images, 24)[..., 2:-2]
+    torch.testing.assert_close(inner, torch.full_like(inner, 0.5), rtol=0, atol=0.02)

@@ -1,6 +1,7 @@
 """decoder.py: against torch.nn's decoder layer, and what a label query may and may not do."""
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -178,3 +179,19 @@ def test_one_map_of_attention_costs_what_its_formula_says():
     block = cost.block_cost(10, 8, 2)
     assert block.operations == 24 * 10 * 8 ** 2 + 4 * 10 ** 2 * 8
     assert block.parameters == 12 * 8 ** 2 + 13 * 8
+
+
+def test_dropout_acts_in_training_alone():
+    torch.manual_seed(0)
+    decoder, tokens = LabelDecoder(24, 7, 3, dropout=0.5), torch.randn(3, 9, 24)
+    assert not decoder(tokens).equal(decoder(tokens))
+    assert decoder.eval()(tokens).equal(decoder(tokens))
+
+
+def test_the_picture_is_of_the_last_layers_attention(monkeypatch):
+    shown = []
+    monkeypatch.setattr(cost, "heat", lambda face, attention, pixels: (
+        shown.append(attention), face.resize((pixels, pixels)))[1])
+    maps, face = torch.rand(1, 2, 3, 7, 9), Image.new("RGB", (8, 8))
+    cost.attention_picture([face], maps, torch.rand(1, 7), list("abcdefg"), [["one"]])
+    torch.testing.assert_close(torch.stack(shown), maps[0, 1].mean(dim=0))      # over the heads

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+import datasets
 import evaluate
 import hog
 import pll
@@ -324,3 +325,38 @@ def test_a_method_without_label_queries_has_pictures_too(method_run, cache, caps
     evaluate.main([str(method_run("pico")), "--split", "val"])
     assert "confusion-val, curves, reliability-val)" in capsys.readouterr().out
     assert flags_for("pico", "x", "y")[1] == "pico"
+
+
+def test_the_rows_of_drawn_matrices_are_voted_labels(monkeypatch):
+    drawn = []
+    for module in (evaluate, datasets):
+        monkeypatch.setattr(module, "draw_matrix", lambda *how: drawn.append(how[3]))
+    evaluate.confusion_picture(dict(confusion=[[3, 1], [0, 2]], accuracy=0, mean_class_accuracy=0),
+                               "ab")
+    votes = [[6, 4, 0, 0, 0, 0, 0], [8, 2, 0, 0, 0, 0, 0], [0, 10, 0, 0, 0, 0, 0]]
+    datasets.statistics("toy", {"train": datasets.Listing(list("abc"), [0, 0, 1], None, votes)})
+    assert drawn[0].tolist() == [[0.75, 0.25], [0, 1]]
+    assert drawn[1][:2, :2] == pytest.approx(np.array([[0.7, 0.3], [0, 1]]))
+
+
+def test_curves_are_of_the_labels_loss_and_the_accuracies(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluate, "chart", lambda draw, x, y, title, series: drawn.append(series))
+    log = [dict(loss=9, pll=i, trivial=5, train_accuracy=0.1 * i, val_accuracy=0.2 * i,
+                val_mean_class=0.3 * i) for i in (1, 2)]
+    evaluate.curves([("", log)])
+    evaluate.curves([("one", log), ("two", log)])
+    values = [[v for _, _, v in series] for series in drawn]
+    assert values[0] == [[1, 2], [5, 5]] and values[2] == [[1, 2], [1, 2]]
+    assert values[1] == [[0.1, 0.2], [0.2, 0.4], [0.3, 0.6]] and values[3] == [[0.2, 0.4]] * 2
+
+
+def test_a_picture_of_your_own_is_turned_upright_and_cut_to_its_middle_square(tmp_path):
+    values = np.random.default_rng(0).integers(0, 255, (16, 30, 3)).astype(np.uint8)
+    Image.fromarray(values).save(tmp_path / "wide.png")
+    turned = Image.Exif()
+    turned[0x0112] = 3                                     # the camera was held upside down
+    Image.fromarray(values[::-1, ::-1]).save(tmp_path / "turned.png", exif=turned)
+    for name in ("wide.png", "turned.png"):
+        read = evaluate.read_face(tmp_path / name, DATA["toy"], 16, None)
+        assert np.array_equal(read.transpose(1, 2, 0), values[:, 7:23])

@@ -183,3 +183,9 @@ def test_the_floor_is_never_undercut_unless_the_peak_is():
     assert {learning_rate(s, 50, 5, 0.0) for s in range(51)} == {0.0}
     assert min(learning_rate(s, 50, 5, 1e-3) for s in range(51)) == pytest.approx(1e-6)
     assert math.isclose(max(learning_rate(s, 50, 5, 1e-3) for s in range(51)), 1e-3)
+
+
+def test_masked_tokens_have_their_positions_at_maskfeats_encoder_too():
+    with torch.no_grad():
+        said = make_model("maskfeat")(torch.randn(1, 3, 32, 32), torch.ones(1, 16).bool())[0]
+    assert len(said.mul(1e4).round().unique(dim=0)) == 16

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.models import vision_transformer as tv
 
-from vit import (LinearOfGELU, ViT, drop_path, from_torchvision, interpolate_positions, patchify,
+from vit import (Block, LinearOfGELU, ViT, drop_path, from_torchvision, interpolate_positions, patchify,
                  take, unpatchify)
 
 SMALL = dict(image_size=32, patch_size=8, dim=24, depth=3, heads=3)
@@ -131,3 +131,10 @@ def test_drop_path_keeps_the_mean_and_is_off_in_evaluation():
 def test_errors_name_the_cause(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_drop_path_drops_each_branch_by_itself():
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 8).expand(400, -1, -1)
+    kinds = Block(8, 2, drop_path_rate=0.5)(x).detach().mul(1e3).round().unique(dim=0)
+    assert len(kinds) == 4                                 # with both, either and neither branch
