@@ -486,6 +486,6 @@ def test_a_subset_of_a_subset_is_of_the_faces_that_it_names(cache):
 
 
 def test_shrinking_averages_and_does_not_pick():
-    images = (torch.arange(96) % 2 * 255).byte().expand(1, 1, 96, 96)   # stripes of one pixel
+    images = ((torch.arange(96) % 4 == 0) * 255).byte().expand(1, 1, 96, 96)   # one column of four
     inner = datasets.resize(images, 24)[..., 2:-2]
-    torch.testing.assert_close(inner, torch.full_like(inner, 0.5), rtol=0, atol=0.02)
+    torch.testing.assert_close(inner, torch.full_like(inner, 0.25), rtol=0, atol=0.05)
