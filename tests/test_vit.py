@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torchvision.models import vision_transformer as tv
 
-from vit import (Block, LinearOfGELU, ViT, drop_path, from_torchvision, interpolate_positions, patchify,
-                 take, unpatchify)
+from vit import (Block, LinearOfGELU, ViT, drop_path, from_torchvision, interpolate_positions,
+                 patchify, take, unpatchify)
 
 SMALL = dict(image_size=32, patch_size=8, dim=24, depth=3, heads=3)
 
