@@ -171,6 +171,44 @@ def test_a_killed_rank_comes_back_and_the_result_is_the_same(tmp_path, cache):
     assert same(a["model"], b["model"], 1e-6) and a["confidence"].equal(b["confidence"])
 
 
+def test_two_processes_stopped_in_mid_epoch_and_resumed_log_the_same(tmp_path, cache):
+    """What each process has summed up since the epoch began is not lost."""
+    flags = flags_of(DECODER, tmp_path / "parts", cache, "--epochs", "2")
+    script = tmp_path / "stopped.py"
+    script.write_text(
+        f"import os, signal, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import pretrain; from test_trust import at_step\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    pretrain.update = at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+        f"pretrain.command_line(lambda: pretrain.main({flags!r}))\n")
+    run_script(script, processes=2, status=1)            # torchrun's status
+    assert 4 < read_state(tmp_path / "parts")["step"] < 8
+    run_script("pretrain.py", *flags, "--resume", processes=2)
+    run_script("pretrain.py", *flags, "--out", tmp_path / "whole", processes=2)
+    assert same(read_log(tmp_path / "parts"), read_log(tmp_path / "whole"), 1e-6)
+
+
+def test_all_processes_predict_with_what_the_first_one_saves(tmp_path, cache):
+    """BatchNorm's averages are of a process's own faces; those of the first one are saved."""
+    flags = flags_for("resnet18-pll", tmp_path, cache)
+    script = tmp_path / "predicted.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}]\n"
+        "import torch, train\n"
+        f"run = train.start(train.parse({flags!r})); torch.manual_seed(0)\n"
+        "model = train.build_model(run.config)\n"
+        "for buffer in model.buffers():\n"
+        "    buffer += run.rank\n"
+        "logits = train.predict(run, model, train.load_split(run, 'val'), batch_size=100)\n"
+        "run.rank or torch.save(logits, sys.argv[1])\n"
+        "run.world > 1 and train.dist.destroy_process_group()\n")
+    run_script(script, tmp_path / "one.pt")
+    run_script(script, tmp_path / "two.pt", processes=2)
+    one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("one", "two"))
+    assert one.shape == (500, 7)
+    torch.testing.assert_close(one, two)
+
+
 @pytest.mark.parametrize("method", ["ours", "pico-vit"])
 def test_every_process_holds_the_same_confidence_after_every_step(method, tmp_path, cache):
     """Each process prints a digest of its table C after each of 16 steps."""
