@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -72,6 +73,19 @@ def faces_with(labels, votes=None):
     labels = torch.tensor(labels)
     return Faces("toy", "train", np.zeros((len(labels), 3, 2, 2), np.uint8), labels,
                  [str(i) for i in range(len(labels))], votes)
+
+
+def random_crowd(n=300, classes=5):
+    """Faces with random votes (at least one each) and truth, and a source of more that is random.
+
+    Returns faces, draw(*size) of whole numbers 0 .. 3, and the generator behind both.
+    """
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *size: torch.randint(0, 4, size, generator=generator)
+    votes = draw(n, classes).float() + F.one_hot(draw(n), classes)
+    faces = Faces("toy", "train", None, votes.argmax(dim=1), [str(i) for i in range(n)], votes,
+                  draw(n))
+    return faces, draw, generator
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from datasets import (DATA, PROTOTYPES, TEMPLATE, Faces, InputError, align, augm
 REAL = pathlib.Path(__file__).resolve().parents[2] / "shared" / "ferplus"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="the real FERPlus is not here")
 KINDS = DATA["ferplus"]["classes"] + ["unknown", "NF"]
+FOLDERS = dict(Training="FER2013Train", PublicTest="FER2013Valid", PrivateTest="FER2013Test")
 
 
 def grey(path, value):
@@ -35,7 +36,7 @@ def fake_ferplus(root, rows):
                                    + [[u, n] + v for u, n, v in rows])
     for usage, name, _ in rows:
         if name:
-            folder = dict(Training="FER2013Train", PublicTest="FER2013Valid")[usage]
+            folder = FOLDERS[usage]
             grey(root / folder / name, int(name[3:10]))
     return root
 
@@ -446,15 +447,10 @@ def test_affectnet_without_a_class_or_without_images_is_one_error(tmp_path):
 
 
 def test_a_ferplus_is_trained_and_judged_on_its_own_splits(tmp_path, capsys):
-    rows = [("Training", 1, 0), ("Training", 2, 3), ("PublicTest", 2, 3), ("PublicTest", 4, 0),
-            ("PrivateTest", 5, 1)]                         # usage, shade of the image, class
-    folder = dict(Training="FER2013Train", PublicTest="FER2013Valid", PrivateTest="FER2013Test")
-    with open(tmp_path / "fer2013new.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["Usage", "Image name"] + KINDS)
-        for i, (usage, shade, label) in enumerate(rows):
-            table.writerow([usage, f"fer{i}.png"] + [9 * (k == label) for k in range(10)])
-            grey(tmp_path / folder[usage] / f"fer{i}.png", 40 * shade)
+    fake_ferplus(tmp_path, [(usage, f"fer{shade:07}.png", [9 * (k == label) for k in range(10)])
+                            for usage, shade, label in (
+        ("Training", 40, 0), ("Training", 80, 3), ("PublicTest", 80, 3), ("PublicTest", 160, 0),
+        ("PrivateTest", 200, 1))])
     train.main(["--data", "ferplus", "--data-dir", str(tmp_path), "--partial", "--scale", "laptop",
                 *TINY, "--batch-size", "2", "--init", "none", "--cache", str(tmp_path / "cache"),
                 "--out", str(tmp_path / "run")])
@@ -462,7 +458,7 @@ def test_a_ferplus_is_trained_and_judged_on_its_own_splits(tmp_path, capsys):
     for split, faces, duplicates, name in (("val", 2, 1, "neutral"), ("test", 1, 0, "happiness")):
         evaluate.main([str(tmp_path / "run"), "--split", split, "--json"])
         found = json.loads(capsys.readouterr().out)
-        assert (found["faces"], found["duplicates"]) == (faces, duplicates)   # shade 2: in Training
+        assert (found["faces"], found["duplicates"]) == (faces, duplicates)   # 80 is in Training
         assert found["per_class"][name]["faces"] == 1
 
 

@@ -1,24 +1,20 @@
 """What is reported of a run, counted again face by face."""
 import pytest
 import torch
-import torch.nn.functional as F
 
 import evaluate
 import pretrain
 import train
-from conftest import CPU, faces_with
-from datasets import Faces, augment, load_faces
+from conftest import CPU, faces_with, random_crowd
+from datasets import augment, load_faces
 from pretrain import Run
 from test_pll import random_problem
 
 
 def test_what_is_measured_of_a_split():
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *size: torch.randint(0, 4, size, generator=generator)
-    votes, rows = draw(300, 5).float() + F.one_hot(draw(300), 5), range(300)
-    labels, truth, new = votes.argmax(dim=1), draw(300), draw(300) > 0
-    logits = torch.randn(300, 5, generator=generator)
-    faces = Faces("toy", "test", None, labels, [str(i) for i in rows], votes, truth)
+    faces, draw, generator = random_crowd()
+    votes, labels, truth, rows = faces.votes, faces.labels, faces.truth, range(300)
+    new, logits = draw(300) > 0, torch.randn(300, 5, generator=generator)
     found, said = evaluate.measure(logits, faces, list("abcde"), new), logits.argmax(1).tolist()
     share = lambda hits: pytest.approx(sum(map(bool, hits)) / len(hits))
     assert found["accuracy"] == share([said[i] == labels[i] for i in rows])

@@ -11,7 +11,7 @@ import torchvision
 import evaluate
 import pretrain
 import train
-from conftest import CPU, TINY, faces_with, flags_for, read_log, read_state
+from conftest import CPU, TINY, faces_with, flags_for, random_crowd, read_log, read_state
 from datasets import Faces, InputError, load_faces
 from evaluate import BECAME, became, comparison, not_in, vote_metrics
 from pll import (cc_loss, initial_confidence, lw_loss, lw_weights, move_prototypes,
@@ -171,14 +171,12 @@ def test_duplicates_are_found_by_their_pixels():
 
 def test_what_became_of_the_candidate_sets_counted_face_by_face():
     """`became` again as a plain loop over faces, on random votes, sets and answers."""
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *size: torch.randint(0, 4, size, generator=generator)
-    votes = draw(300, 5).float() + F.one_hot(draw(300), 5)             # at least one vote each
-    candidates, labels, truth, predicted = votes > 0, votes.argmax(dim=1), draw(300), draw(300)
+    faces, draw, generator = random_crowd()
+    votes, labels, truth, predicted = faces.votes, faces.labels, faces.truth, draw(300)
+    candidates = votes > 0
     start = candidates / candidates.sum(dim=1, keepdim=True)
     one_hot = F.one_hot((start * torch.rand(300, 5, generator=generator)).argmax(dim=1), 5)
     confidence = torch.where(draw(300, 1) > 1, one_hot, start)
-    faces = Faces("toy", "train", None, labels, [str(i) for i in range(300)], votes, truth)
     locked, reduced, voted, true, network, network_true = [], [], [], [], [], []
     for i in range(300):
         if candidates[i].sum() == 1:
@@ -312,8 +310,8 @@ def test_picos_step_is_its_parts_in_their_order(cache, monkeypatch):
     c = train.parse([*TINY, *flags.split(), "--cache", str(cache)])
     run, faces = Run(c, 0, 1, CPU), load_faces("toy", None, "val", 16, cache=cache)
     model, table, views = train.build_model(c), train.confidence_table(run, faces, None), []
-    state, sets, start = train.pico_state(run, model, None), table["candidates"], table[
-        "confidence"].clone()
+    state = train.pico_state(run, model, None)
+    sets, start = table["candidates"], table["confidence"].clone()
     old = state["prototypes"] = F.normalize(torch.randn(7, 128), dim=1)
     for key in state["key_model"].parameters():
         key.data.zero_()

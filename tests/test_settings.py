@@ -1,7 +1,6 @@
 """What a command line asks for is what happens: each setting reaches the place where it acts."""
 import pytest
 import torch
-import torchvision
 
 import datasets
 import pretrain
@@ -118,13 +117,3 @@ def test_sets_that_have_no_votes_are_those_of_lw1():
 def test_what_the_rows_of_table_3_are(method, expected):
     config = train.parse(["--method", method, "--data", "raf"])
     assert [config[k] for k in ("model", "head", "loss", "revise", "init")] == expected
-
-
-def test_imagenet_weights_of_resnet18_are_torchvisions(monkeypatch):
-    weights = torchvision.models.resnet18(weights=None).state_dict()
-    kind = type(torchvision.models.ResNet18_Weights.IMAGENET1K_V1)
-    monkeypatch.setattr(kind, "get_state_dict", lambda self, **_: dict(weights))
-    encoder = train.ResNet18()
-    train.initial_weights(dict(init="imagenet", model="resnet18"), encoder)
-    for name, value in weights.items():
-        assert name.startswith("fc.") or encoder.net.state_dict()[name].equal(value), name

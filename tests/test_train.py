@@ -324,6 +324,16 @@ def test_imagenet_weights_are_torchvisions(monkeypatch):
         train.initial_weights(config, pretrain.build_encoder({**config, "dim": 192}))
 
 
+def test_imagenet_weights_of_resnet18_are_torchvisions(monkeypatch):
+    weights = torchvision.models.resnet18(weights=None).state_dict()
+    kind = type(torchvision.models.ResNet18_Weights.IMAGENET1K_V1)
+    monkeypatch.setattr(kind, "get_state_dict", lambda self, **_: dict(weights))
+    encoder = train.ResNet18()
+    train.initial_weights(dict(init="imagenet", model="resnet18"), encoder)
+    for name, value in weights.items():
+        assert name.startswith("fc.") or encoder.net.state_dict()[name].equal(value), name
+
+
 def test_a_label_is_learned_from_sets_that_are_never_single():
     """Sets of two in which the true label alone is constant: the recogniser finds it."""
     torch.manual_seed(0)

@@ -406,8 +406,7 @@ def test_on_a_terminal_a_bar_is_drawn_and_wiped_before_the_epochs_line(tmp_path,
     pty, fcntl, termios = map(pytest.importorskip, ("pty", "fcntl", "termios"))   # Unix alone
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))     # rows, columns
-    run = start_script("train.py", [*TINY, "--init", "none", "--out", str(tmp_path), "--cache",
-                                    str(cache)], stdout=theirs, stderr=theirs)
+    run = start_script("train.py", flags_for("ours", tmp_path, cache), stdout=theirs, stderr=theirs)
     os.close(theirs)
     written = b""
     with contextlib.suppress(OSError):                   # how Linux says that all of it was read
@@ -422,7 +421,5 @@ def test_on_a_terminal_a_bar_is_drawn_and_wiped_before_the_epochs_line(tmp_path,
         assert f"epoch {epoch}/2: " in bar and "it/s" in bar
         assert not blank.strip() and len(blank) >= len(bar.split("\r")[-1])
         assert "it/s" not in record
-    run = start_script("train.py", [*TINY, "--init", "none", "--out", str(tmp_path / "piped"),
-                                    "--cache", str(cache)])
-    text, error = run.communicate(timeout=60)
-    assert not error and "it/s" not in text and "\r" not in text
+    piped = run_script("train.py", *flags_for("ours", tmp_path / "piped", cache))
+    assert not piped.stderr and "it/s" not in piped.stdout and "\r" not in piped.stdout
