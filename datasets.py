@@ -617,8 +617,10 @@ def memory_map(found, data, split, side, cache):
     reads and aligns images, so that what changed is read again; old files may be deleted. It is
     written beside and renamed: a half-built file is never used.
     """
-    code = "".join(map(inspect.getsource, (read_image, to_array, similarity, align, five_points)))
-    digest = hashlib.sha256(repr((data, split, side, found.names, code)).encode())
+    code = "".join(map(inspect.getsource, (read_image, to_array, similarity, align, five_points,
+                                           kaggle_image)))
+    digest = hashlib.sha256(repr((data, split, side, found.names, TEMPLATE.tolist(),
+                                  code)).encode())
     try:
         for source in found.sources:
             status = os.stat(source)
@@ -897,10 +899,18 @@ def main(argv=None):
         help="RAF-DB: align by the five points, or take its own aligned images")
     add("--out", help="where the contact sheet goes (runs/DATA-SPLIT.png)")
     args = parser.parse_args(argv)
+    out = Path(args.out or f"runs/{args.data}-{args.split}.png")
+    if args.split not in DATA[args.data]["counts"]:
+        raise InputError(f"{args.data} has no {args.split} split; it has "
+                         f"{', '.join(DATA[args.data]['counts'])}")
+    if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise InputError(f"--out {out}: name a .png or .jpg file")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
     lines, problems, listings = check(args.data, args.data_dir, args.labels, args.align)
     print("\n".join(lines))
-    out = Path(args.out or f"runs/{args.data}-{args.split}.png")
-    out.parent.mkdir(parents=True, exist_ok=True)
     if args.split in listings and listings[args.split][1]:
         found, readable = listings[args.split]
         images = [found.read(i, DATA[args.data]["side"]) for i in readable[:64]]

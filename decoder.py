@@ -92,7 +92,7 @@ class LabelDecoder(nn.Module):
     def forward(self, tokens, need_attention=False):
         """Logits (B, K); with `need_attention` also each layer's map (B, layers, heads, K, HW).
 
-        The maps are those of evaluation: without dropout.
+        In `eval()` mode: dropout in training would change the maps of all layers but the first.
         """
         x = torch.zeros(len(tokens), *self.queries.shape, dtype=tokens.dtype, device=tokens.device)
         maps = []

@@ -296,7 +296,8 @@ def keep_result(path, result):
 def comparable(config):
     """A run's settings without its place and its seed, which may stand in the path of --init."""
     same = {k: v for k, v in config.items() if k not in FREE + ABOUT + ("seed",)}
-    same["init"] = re.sub(r"[-_/]?(seed)?\d+", "", str(config["init"]))
+    seed = rf"([-_/](seed)?|seed){config['seed']}(?!\d)"
+    same["init"] = re.sub(seed, "", str(config["init"]))
     return same
 
 
@@ -316,7 +317,7 @@ def comparison(results, markdown, columns=COLUMNS):
     """Lines of a table: a row for each group of runs that differ in the seed alone.
 
     results: list of (result, config). Numbers are mean and, for several seeds, standard deviation.
-    Paths of --init may differ in their digits (a pre-training run for each seed), in nothing else.
+    Paths of --init may differ in the run's seed (a pre-training run for each), in nothing else.
     Runs that have none of the columns are left out; no line if that leaves none.
     """
     results = [(r, c) for r, c in results if any(key in r for key, _, _ in columns)]
@@ -511,7 +512,7 @@ def pictures(run, model, state, faces, logits, known, answers):
 
 
 def disambiguated(state, faces, answers):
-    """Fig. 4 of the first 18 training faces whose sets have three labels, or as many as there are.
+    """Fig. 4 of the first 18 training faces whose sets have three labels or more, or the most.
 
     faces, answers (n,): all of them, and what the network says. None of the 18 is chosen by what
     became of it.

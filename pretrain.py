@@ -750,25 +750,24 @@ def not_finite(run, loss, step, lr, faces, indices):
     return Stopped(next(text for text in found if text))
 
 
-def loss_in_parts(run, network, scaler, images, indices, step_loss, state):
-    """This process's loss of a batch, part by part: (loss of the last part, value of them all).
+def loss_in_parts(run, network, scaler, images, indices, step_loss, step):
+    """This process's loss of a batch, part by part: (the last part's, all parts', their scalars).
 
     The gradients of all parts but the last are taken here, and add up; the last one's is left to
     `update`, for which all processes meet.
     """
-    total = 0.0
+    total, scalars = 0.0, {}
     for part, (x, rows) in enumerate(zip(images.chunk(run.parts), indices.chunk(run.parts))):
         run.part, last = part, part == run.parts - 1
         with nullcontext() if last or run.world == 1 else network.no_sync():
-            loss, numbers = step_loss(network, x, rows, state["step"])
+            loss, numbers = step_loss(network, x, rows, step)
             loss = loss / run.parts
             if not last:
                 scaler.scale(loss).backward()
         total = total + loss.detach()
         for name, value in numbers.items():
-            value = value.detach().double().nan_to_num(0, 0, 0) / run.parts   # fp16: a skipped step
-            state["sums"][name] = state["sums"].get(name, 0) + value
-    return loss, total
+            scalars[name] = scalars.get(name, 0) + value.detach().double() / run.parts
+    return loss, total, scalars
 
 
 def train_epoch(run, network, optimizer, scaler, faces, step_loss, state, signals):
@@ -784,10 +783,15 @@ def train_epoch(run, network, optimizer, scaler, faces, step_loss, state, signal
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         torch.manual_seed((c["seed"] * 1_000_003 + step) * run.world + run.rank)   # drop path
-        loss, total = loss_in_parts(run, network, scaler, images, indices, step_loss, state)
+        loss, total, scalars = loss_in_parts(run, network, scaler, images, indices, step_loss,
+                                             step)
         wrong, stop = anywhere(run, total.isfinite().logical_not(), len(signals) > 0)
-        if wrong and not scaler.is_enabled():        # with fp16 the scaler leaves the step out
+        if wrong and not (scaler.is_enabled() and scaler.get_scale() >= 1):
             raise not_finite(run, total, step, lr, faces, indices)
+        scalars["steps"] = torch.ones_like(total, dtype=torch.float64)   # that count in the means
+        for name, value in scalars.items():      # fp16: the means leave out the step as well
+            value = torch.zeros_like(value) if wrong else value
+            state["sums"][name] = state["sums"].get(name, 0) + value
         update(network, optimizer, scaler, loss, c["clip"])
         state["step"] += 1
         if stop:
@@ -836,7 +840,8 @@ def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch
             stop = train_epoch(run, network, optimizer, scaler, faces, step_loss, state, signals)
             done, within = divmod(state["step"], steps)      # epochs, and steps of the next one
             if not within:
-                record = {"epoch": done, **means(run, state["sums"], steps),
+                counted = state["sums"].pop("steps")
+                record = {"epoch": done, **means(run, state["sums"], counted),
                           "lr": optimizer.param_groups[-1]["lr"],
                           **pace(run, begin, state["step"] - first, steps * c["epochs"] - first)}
                 close_epoch(run, state, record, end_of_epoch)
@@ -861,7 +866,7 @@ def pace(run, begin, done, left):
     """Of `done` steps since `begin`: images a second, seconds left, shares of data and targets.
 
     Shares of the time, 0 .. 1, of reading faces and of augmenting them and making targets; the rest
-    is the model's. On CUDA these two only start work on the device, which the model's share awaits.
+    is the model's. On CUDA the first copy to the device, in `target`, awaits the step before.
     """
     seconds = time.time() - begin
     shares = {f"{name}_share": round(run.seconds[name] / seconds, 4) for name in run.seconds}

@@ -186,7 +186,7 @@ def initial_weights(config, encoder):
     if config["init"] == "imagenet":
         where, weights = "torchvision's IMAGENET1K_V1", imagenet_weights(config["model"])
     elif config["model"] == "resnet18":
-        where, weights = config["init"], resnet_weights(config["init"])
+        where, weights = resnet_weights(config["init"])
     else:
         where, weights = pretrained_weights(config)
     if config["model"] == "vit":
@@ -232,9 +232,10 @@ def pretrained_weights(config):
 
 
 def resnet_weights(path):
-    """A ResNet-18 checkpoint, whatever prefix its keys have and however it is wrapped.
+    """Where a ResNet-18 is, and its weights; its keys may have any prefix, in any wrapping dict.
 
-    The classifier is left out. Counters of batches, which old checkpoints lack, start at 0.
+    Layers behind its pooling (classifier, features) are left out and named. Counters of batches,
+    which old checkpoints lack, start at 0.
     """
     mark, search = "layer1.0.conv1.weight", [load_checkpoint(path, ours=False)]
     for state in search:                                 # grows by the dicts that it holds
@@ -247,7 +248,11 @@ def resnet_weights(path):
     own = torchvision.models.resnet18(weights=None).state_dict()
     counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
     found = {k.removeprefix(prefix[0]): v for k, v in state.items() if k.startswith(prefix[0])}
-    return {f"net.{k}": v for k, v in {**counters, **found}.items() if not k.startswith("fc.")}
+    ours = {k.split(".")[0] for k in own} - {"fc"}                   # conv1, bn1, layer1 ...
+    extra = sorted({k.split(".")[0] for k in found} - ours)
+    where = f"{path}" + f", without its {', '.join(extra)}" * bool(extra)
+    return where, {f"net.{k}": v for k, v in {**counters, **found}.items()
+                   if k.split(".")[0] not in extra}
 
 
 def make_candidates(config, faces):
@@ -535,11 +540,12 @@ def pico(run, model, faces, table, state):
             guess = logits.float().masked_fill(~candidates[indices], -torch.inf).argmax(dim=1)
             q_all, k_all = (share_rows(run, indices, x.detach())[1] for x in (q, k))   # (B, 128)
             everywhere, guess_all = share_rows(run, indices, guess)       # (B,)
+            finite = q_all.isfinite().all() and k_all.isfinite().all()   # of all processes alike
             keys = torch.cat([k_all, state["queue"]])                     # (B+M, 128)
             own = everywhere == indices[:, None]                          # (b, B): its other view
             positive = F.pad(own, (0, len(state["queue"])))               # (b, B+M)
             epoch = step // steps
-            if epoch >= c["warmup_revision"]:
+            if epoch >= c["warmup_revision"] and finite:
                 near = prototype_labels(q_all, state["prototypes"], candidates[everywhere])
                 share = epoch / max(c["epochs"] - 1, 1)
                 momentum = PICO["start"] + (PICO["end"] - PICO["start"]) * share
@@ -550,7 +556,7 @@ def pico(run, model, faces, table, state):
         pll, trivial = pll_loss(logits, target), pll_loss(frequency.expand_as(target), target)
         contrast = contrastive_loss(q, keys, positive)
         with torch.no_grad():
-            if q_all.isfinite().all() and k_all.isfinite().all():    # of all processes alike
+            if finite:
                 state["prototypes"] = move_prototypes(state["prototypes"], q_all, guess_all)
                 enqueue(state, k_all, guess_all)
         hits = (logits.argmax(dim=1) == labels[indices]).float().mean()

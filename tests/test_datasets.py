@@ -231,7 +231,7 @@ def test_a_large_face_is_shrunk_without_aliasing():
     assert abs(x + 0.5 - 38.5) <= 1 and abs(y + 0.5 - 51) <= 1
 
 
-def test_memory_map_is_kept_until_a_source_changes(tmp_path):
+def test_memory_map_is_kept_until_a_source_or_the_alignment_changes(tmp_path, monkeypatch):
     fake_ferplus(tmp_path, ROWS)
     load = lambda: load_faces("ferplus", tmp_path, "val", 48, partial=True,
                               cache=tmp_path / "cache")
@@ -242,6 +242,24 @@ def test_memory_map_is_kept_until_a_source_changes(tmp_path):
     grey(tmp_path / "FER2013Valid/fer0000033.png", 90)
     os.utime(tmp_path / "FER2013Valid/fer0000033.png", (1, 1))
     assert load()[[0]].float().mean() == 90
+    kept = len(set((tmp_path / "cache").iterdir()))
+    monkeypatch.setattr(datasets, "TEMPLATE", TEMPLATE + 1)
+    load()
+    assert len(set((tmp_path / "cache").iterdir())) == kept + 1
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data", "raf", "--split", "val"], "raf has no val split; it has train, test"),
+    (["--out", "sheet"], "--out sheet: name a .png or .jpg file"),
+    (["--out", "file/a/sheet.png"], "--out file/a/sheet.png: cannot be written (Not a directory)")])
+def test_what_cannot_be_drawn_is_told_before_the_faces_are_read(flags, message, tmp_path,
+                                                                monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets, "check", None)
+    with pytest.raises(InputError) as error:
+        datasets.main(flags)
+    assert str(error.value) == message
 
 
 def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatch):

@@ -73,11 +73,13 @@ def test_settings_that_do_not_go_together(flags, message, tmp_path, cache, monke
 def test_resnet_checkpoints_of_any_prefix_are_read(prefix, wrap, tmp_path):
     source = torchvision.models.resnet18(weights=None).state_dict()
     weights = {prefix + k: v for k, v in source.items() if "num_batches" not in k}
+    weights[prefix + "feature.weight"] = torch.zeros(2, 512)         # as a face model may have
     torch.save({"epoch": torch.tensor(3), "best": {"accuracy": 0.9}, wrap: weights} if wrap else
                weights, tmp_path / "ms.pth")
     encoder = train.ResNet18()
     note = train.initial_weights(dict(init=str(tmp_path / "ms.pth"), model="resnet18"), encoder)
     assert note.startswith("encoder: all 120 tensors from")
+    assert note.endswith("ms.pth, without its fc, feature")
     assert encoder.net.layer4[1].conv2.weight.equal(source["layer4.1.conv2.weight"])
     torch.save({"w": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(InputError, match="not a ResNet-18"):
@@ -233,6 +235,9 @@ def test_runs_that_differ_in_more_than_the_seed_are_rows_that_say_so():
     for run, name in ((laptop, "| ours, scale laptop"), (val, "| ours")):
         line = comparison([run, result(0.8, 0, "--method", "decoder")], True)[2]
         assert line.split(" | ")[0] == name and line.endswith("| - |")
+    longer = [result(0.7, seed, "--init", f"runs/pretrain-raf-{epochs}-epochs")
+              for seed, epochs in ((0, 100), (1, 600), (1, 100))]
+    assert [line.split(" | ")[2] for line in comparison(longer, True)[2:]] == ["2", "1"]
     lines = comparison([result(0.8, 0, "--init", "runs/pretrain-raf"),
                         result(0.9, 1, "--init", "runs/pretrain-raf-seed1"),
                         result(0.5, 0, "--init", "none"), result(0.6, 0, "--lr", "1.0"),
@@ -335,6 +340,23 @@ def test_picos_step_is_its_parts_in_their_order(cache, monkeypatch):
     assert state["queue_labels"][:500].equal(guess) and state["at"] == 500
     torch.testing.assert_close(state["queue"][:500], state["key_model"](views[1])[1])
     torch.testing.assert_close(state["prototypes"], move_prototypes(old, q.detach(), guess))
+
+
+def test_a_step_whose_features_are_not_finite_leaves_picos_memory_alone(cache, monkeypatch):
+    """As one in fp16 may be, which the scaler leaves out."""
+    flags = "--method pico-vit --init none --batch-size 500 --warmup-revision 0"
+    c = train.parse([*TINY, *flags.split(), "--cache", str(cache)])
+    run, faces = Run(c, 0, 1, CPU), load_faces("toy", None, "val", 16, cache=cache)
+    model, table = train.build_model(c), train.confidence_table(run, faces, None)
+    state = train.pico_state(run, model, None)
+    monkeypatch.setattr(train, "share_rows", lambda run, indices, rows: (
+        indices, rows * float("inf") if rows.is_floating_point() else rows))
+    names = ("prototypes", "queue", "queue_labels")
+    before = [table["confidence"].clone(), *(state[name].clone() for name in names)]
+    train.pico(run, model, faces, table, state)(model, faces[torch.arange(500)],
+                                                torch.arange(500), 0)
+    for old, new in zip(before, [table["confidence"], *(state[name] for name in names)]):
+        assert new.equal(old)
 
 
 def test_the_linear_head_reads_the_mean_visual_token():

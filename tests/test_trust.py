@@ -309,7 +309,11 @@ def test_with_fp16_the_scaler_leaves_the_step_out(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(pretrain, "precision", lambda device: torch.float16)
     monkeypatch.setattr(train, "autocast", lambda run: torch.autocast("cpu", enabled=False))
     monkeypatch.setattr(train, "pll_loss", broken_at(10))
-    seen, update = [], pretrain.update
+    seen, update, losses, in_parts = [], pretrain.update, [], pretrain.loss_in_parts
+
+    def count(*args):
+        losses.append(in_parts(*args))
+        return losses[-1]
 
     def watch(model, optimizer, scaler, loss, clip):
         before = model.head.weight.detach().clone()
@@ -317,10 +321,23 @@ def test_with_fp16_the_scaler_leaves_the_step_out(tmp_path, cache, monkeypatch):
         seen.append((model.head.weight.equal(before), scaler.get_scale()))
 
     monkeypatch.setattr(pretrain, "update", watch)
+    monkeypatch.setattr(pretrain, "loss_in_parts", count)
     train.main(flags_of(["--init", "none", "--warmup-epochs", "0"], tmp_path, cache))
+    second = [total.item() for _, total, _ in losses[8:16] if total.isfinite()]
+    assert len(second) == 7          # the mean of the log is that of the steps that were made
+    assert read_log(tmp_path)[1]["loss"] == pytest.approx(sum(second) / 7, rel=1e-6)
     assert [i for i, (still, _) in enumerate(seen) if still] == [10]
     assert seen[10][1] == seen[9][1] / 2
     assert read_state(tmp_path)["scaler"]["scale"] == seen[-1][1]
+
+
+def test_with_fp16_a_loss_that_stays_not_finite_stops_the_run(tmp_path, cache, monkeypatch):
+    """Each skipped step halves the scale, 65,536 at first; below 1 that is no remedy."""
+    monkeypatch.setattr(pretrain, "precision", lambda device: torch.float16)
+    monkeypatch.setattr(train, "autocast", lambda run: torch.autocast("cpu", enabled=False))
+    monkeypatch.setattr(train, "pll_loss", lambda logits, target: logits.sum() * float("nan"))
+    with pytest.raises(pretrain.Stopped, match="^loss nan in process 0 of 1 at step 17, "):
+        train.main(flags_of(["--init", "none"], tmp_path, cache))
 
 
 def test_a_step_that_the_scaler_leaves_out_does_not_spoil_c(tmp_path, cache, monkeypatch):
