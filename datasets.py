@@ -590,10 +590,15 @@ def list_toy(split, convention, seed=0):
 
 # ---------------------------------------------------------------------------------------- loading
 
-def listing(data, data_dir, split, convention="argmax", partial=False, align_by="points"):
-    """The `Listing` of a split of a data set, or an InputError."""
+def require_split(data, split):
+    """An InputError if a data set does not have this split."""
     if split not in DATA[data]["counts"]:
         raise InputError(f"{data} has no {split} split; it has {', '.join(DATA[data]['counts'])}")
+
+
+def listing(data, data_dir, split, convention="argmax", partial=False, align_by="points"):
+    """The `Listing` of a split of a data set, or an InputError."""
+    require_split(data, split)
     if data == "toy":
         return list_toy(split, convention)
     root = Path(data_dir or f"data/{data}")
@@ -900,9 +905,7 @@ def main(argv=None):
     add("--out", help="where the contact sheet goes (runs/DATA-SPLIT.png)")
     args = parser.parse_args(argv)
     out = Path(args.out or f"runs/{args.data}-{args.split}.png")
-    if args.split not in DATA[args.data]["counts"]:
-        raise InputError(f"{args.data} has no {args.split} split; it has "
-                         f"{', '.join(DATA[args.data]['counts'])}")
+    require_split(args.data, args.split)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise InputError(f"--out {out}: name a .png or .jpg file")
     try:
