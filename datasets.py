@@ -38,11 +38,17 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from pll import draw_matrix
+
 
 class InputError(Exception):
     """Something the user gave is wrong; the message says what, where and what to do."""
 
 
+# Pixels of an image. `read_image` refuses more, so that pillow need not warn (of twice as many it
+# makes an error itself).
+LARGEST = Image.MAX_IMAGE_PIXELS
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AFFECTNET = "neutral happiness sadness surprise fear disgust anger contempt".split()
 FERPLUS = "neutral happiness surprise sadness anger disgust fear contempt".split()
@@ -133,19 +139,19 @@ class Faces(Dataset):
 def read_image(path, channels):
     """Read an image file as PIL "L" or "RGB"; InputError names the file that cannot be read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
-                    raise InputError(f"{path}: colour mode {image.mode} is not read here; convert "
-                                     "it to 8-bit grey or RGB")
-                if getattr(image, "n_frames", 1) > 1:
-                    raise InputError(f"{path}: holds {image.n_frames} frames; extract one")
-                return image.convert("L" if channels == 1 else "RGB")
+        with Image.open(path) as image:
+            if image.width * image.height > LARGEST:
+                raise InputError(f"{path}: more than {LARGEST} pixels; shrink it")
+            if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+                raise InputError(f"{path}: colour mode {image.mode} is not read here; convert it "
+                                 "to 8-bit grey or RGB")
+            if getattr(image, "n_frames", 1) > 1:
+                raise InputError(f"{path}: holds {image.n_frames} frames; extract one")
+            return image.convert("L" if channels == 1 else "RGB")
     except FileNotFoundError:
         raise InputError(f"{path}: no such image; is the data set unpacked completely?") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise InputError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels; shrink it") from None
+    except Image.DecompressionBombError:
+        raise InputError(f"{path}: more than {LARGEST} pixels; shrink it") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{path}: not a readable image ({error}); fetch it again") from None
 
@@ -456,13 +462,13 @@ PROTOTYPES = np.array([
 ])
 
 
-def toy_sample(seed, split, i):
+def toy_sample(split, i):
     """Toy face i: class, action units (12,) in 0 .. 1, votes (7,), and the generator to draw it.
 
     A face is its class at some intensity, often blended with a second, similar one. Each of ten
     annotators perceives the units with noise of their own and names the nearest expression.
     """
-    rng = np.random.default_rng([seed, ("train", "val", "test").index(split), i])
+    rng = np.random.default_rng([0, ("train", "val", "test").index(split), i])
     truth = rng.integers(7)
     likeness = np.exp(-((PROTOTYPES - PROTOTYPES[truth]) ** 2).sum(1) / 1.5)   # (7,)
     likeness[truth] = 0
@@ -570,14 +576,14 @@ def toy_face(units, rng, side):
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def list_toy(split, convention, seed=0):
-    """The toy: faces drawn from the seed, with ten simulated annotators; as many as DATA says."""
-    samples = [toy_sample(seed, split, i) for i in range(DATA["toy"]["counts"][split])]
+def list_toy(split, convention):
+    """The toy: drawn faces, with ten simulated annotators; as many as DATA says."""
+    samples = [toy_sample(split, i) for i in range(DATA["toy"]["counts"][split])]
     labels = [voted_label(s[2], 7, convention) for s in samples]
     kept = [i for i, label in enumerate(labels) if label is not None]
 
     def read(j, side):
-        truth, units, votes, rng = toy_sample(seed, split, kept[j])
+        truth, units, votes, rng = toy_sample(split, kept[j])
         return to_array(toy_face(units, rng, side), side)
 
     truth = [samples[i][0] for i in kept]
@@ -770,9 +776,10 @@ def augment(images, u, size, data, scale=0.5, degrees=0.0, light=0.0, erase=0.0)
 
 # ---------------------------------------------------------------------------------------- pictures
 
-def contact_sheet(faces, indices, columns=8, side=180):
+def contact_sheet(faces, indices):
     """A picture of faces with the voted label and each class's share of the votes: PIL RGB."""
-    classes, height, gap = DATA[faces.data]["classes"], side + 110, 16
+    columns, side, gap = 8, 180, 16
+    classes, height = DATA[faces.data]["classes"], side + 110
     rows, font = math.ceil(len(indices) / columns), ImageFont.load_default
     size = (columns * (side + gap) + gap, rows * height + 60)
     sheet = Image.new("RGB", size, "white")
@@ -835,19 +842,6 @@ def statistics(data, found):
     draw_matrix(draw, 1320, 90, mean, mean, classes, "{:.0%}")
     draw.text((1320, 100 + 62 * len(classes)), "row: voted label, column: votes", "black", font(20))
     return sheet
-
-
-def draw_matrix(draw, x, y, shades, values, names, form, cell=62):
-    """A (K, K) matrix as blue cells from (x, y): shades in 0 .. 1, values written as `form`."""
-    font = ImageFont.load_default
-    for i, name in enumerate(names):
-        draw.text((x - 10, y + cell * (i + 0.5)), name, "black", font(22), "rm")
-        draw.text((x + cell * (i + 0.5), y - 14), name[:5], "black", font(18), "mm")
-        for j, shade in enumerate(shades[i]):
-            left, top, fade = x + cell * j, y + cell * i, int(255 * (1 - shade))
-            draw.rectangle((left, top, left + cell - 2, top + cell - 2), (fade, fade, 255))
-            draw.text((left + cell / 2, top + cell / 2), form.format(values[i][j]),
-                      "white" if shade > 0.5 else "black", font(19), "mm")
 
 
 def check(data, data_dir, convention="argmax", align_by="points"):

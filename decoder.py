@@ -59,16 +59,20 @@ class DecoderLayer(nn.Module):
     their positions, so nothing is added to them.
     """
 
-    def __init__(self, dim, heads, mlp_ratio=4.0, dropout=0.1):
+    def __init__(self, dim, heads, dropout=0.1):
         super().__init__()
         self.self_attn, self.cross_attn = Attention(dim, heads), Attention(dim, heads)
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.mlp = MLP(dim, 4 * dim)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
+    def among_labels(self, x, queries):
+        """Self-attention, in which a label sees the others: (B, K, d) -> (B, K, d)."""
+        return self.norm1(x + self.dropout(self.self_attn(x + queries, x + queries, x)))
+
     def forward(self, x, queries, tokens):
         """x (B, K, d), queries (K, d) or (B, K, d), tokens (B, HW, d) -> (B, K, d)."""
-        x = self.norm1(x + self.dropout(self.self_attn(x + queries, x + queries, x)))
+        x = self.among_labels(x, queries)
         x = self.norm2(x + self.dropout(self.cross_attn(x + queries, tokens, tokens)))
         return self.norm3(x + self.dropout(self.mlp(x)))
 
@@ -83,7 +87,7 @@ class LabelDecoder(nn.Module):
     def __init__(self, dim, classes, heads, layers=2, dropout=0.1):
         super().__init__()
         self.queries = nn.Parameter(torch.randn(classes, dim))            # Q (K, d)
-        self.layers = nn.ModuleList(DecoderLayer(dim, heads, dropout=dropout)
+        self.layers = nn.ModuleList(DecoderLayer(dim, heads, dropout)
                                     for _ in range(layers))
         self.weight = nn.Parameter(torch.randn(classes, dim) * 0.02)      # (K, d)
         self.bias = nn.Parameter(torch.zeros(classes))                    # (K,)
@@ -98,8 +102,8 @@ class LabelDecoder(nn.Module):
         maps = []
         for layer in self.layers:                                         # x (B, K, d)
             if need_attention:
-                before = layer.norm1(x + layer.self_attn(x + self.queries, x + self.queries, x))
-                maps.append(layer.cross_attn.weights(before + self.queries, tokens))
+                asking = layer.among_labels(x, self.queries) + self.queries
+                maps.append(layer.cross_attn.weights(asking, tokens))
             x = layer(x, self.queries, tokens)
         logits = (x * self.weight).sum(dim=-1) + self.bias                # (B, K, d) -> (B, K)
         return (logits, torch.stack(maps, dim=1)) if need_attention else logits
@@ -140,9 +144,9 @@ def norm_cost(tokens, dim):
     return Cost(0, 2 * dim, tokens * (dim + 2))
 
 
-def block_cost(tokens, dim, heads, mlp_ratio=4):
+def block_cost(tokens, dim, heads):
     """The ViT's block: 24 N d^2 + 4 N^2 d operations, 12 d^2 + 13 d parameters."""
-    hidden = dim * mlp_ratio
+    hidden = 4 * dim
     # GELU's input is kept; its output, which the layer behind it reads, is computed again.
     mlp = linear_cost(tokens, dim, hidden) + linear_cost(tokens, hidden, dim)
     # What attention gives is kept once, for itself and for the projection behind it.

@@ -30,10 +30,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from datasets import (DATA, InputError, align, as_picture, draw_matrix, normalise, number, read_csv,
+from datasets import (DATA, InputError, align, as_picture, normalise, number, read_csv,
                       read_image, resize, to_array)
 from decoder import attention_picture
-from pll import candidates_from_votes, cosines, is_revised, simplex
+from pll import candidates_from_votes, cosines, draw_matrix, is_revised, simplex
 from pretrain import (FREE, Stopped, autocast, command_line, load_checkpoint, load_split,
                       load_weights, replace_file, same_faces, say, start)
 from train import METHODS, accuracies, build_model, parse, predict, training_faces
@@ -445,13 +445,13 @@ def reliability_picture(logits, votes):
     return sheet
 
 
-def disambiguation(faces, candidates, confidence, predicted, classes, columns=6, side=200):
+def disambiguation(faces, candidates, confidence, predicted, classes):
     """Fig. 4: face, voted label, candidates with the ones that C gave up struck through: PIL RGB.
 
     Of the given faces (n <= 18 look best); candidates, confidence (n, K), predicted (n,).
     """
-    height, width, font = side + 70 + 30 * len(classes), side + 60, ImageFont.load_default
-    rows = -(-len(faces) // columns)
+    columns, side, font = 6, 200, ImageFont.load_default
+    height, width, rows = side + 70 + 30 * len(classes), side + 60, -(-len(faces) // columns)
     sheet = Image.new("RGB", (columns * width + 20, rows * height + 20), "white")
     draw = ImageDraw.Draw(sheet)
     for i in range(len(faces)):
@@ -685,7 +685,7 @@ def main(argv=None):
                 tell("\n" + save_pictures(folder_of(path) / "pictures", draw()))
     if not args.json and (len(args.runs) > 1 or args.markdown):
         tell("\n".join(comparison(results, args.markdown)))
-        sets = comparison(results, args.markdown, BECAME)
+        sets = comparison([(r, c) for r, c in results if c["revise"]], args.markdown, BECAME)
         if sets:
             tell("\ntraining faces, what became of their candidate sets:\n\n" + "\n".join(sets))
         if not args.markdown:

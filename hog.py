@@ -71,7 +71,7 @@ def cell_sums(bins, votes, cell):
     row = torch.arange(votes.shape[-2], device=votes.device) // cell
     column = torch.arange(votes.shape[-1], device=votes.device) // cell
     place = (row[:, None] + 2 * BINS * height) * width + column         # of bin 0, (H, W)
-    place = torch.add(place, bins, alpha=height * width).long()         # (B, C, H, W)
+    place = bins.long().mul_(height * width).add_(place)                # (B, C, H, W)
     planes = votes.new_zeros(*votes.shape[:2], 4 * BINS * height * width)
     planes = planes.scatter_add(2, place.flatten(2), votes.flatten(2))  # each pixel votes once
     return planes.unflatten(2, (4, BINS, height, width)).sum(dim=2)     # (B, C, 9, H/8, W/8)
@@ -124,23 +124,23 @@ def to_patches(histograms, cells):
     return x.reshape(batch, rows * columns, -1)                         # (B, N, C*9*cells^2)
 
 
-def from_patches(targets, cells, channels=3):
+def from_patches(targets, cells):
     """Inverse of `to_patches` for square images: (B, N, C*9*cells^2) -> (B, C, 9, h, h)."""
     batch, count, _ = targets.shape
     side = round(count ** 0.5)
-    x = targets.reshape(batch, side, side, channels * BINS, cells, cells)
+    x = targets.reshape(batch, side, side, -1, cells, cells)
     x = x.permute(0, 3, 1, 4, 2, 5)                                     # (B, C*9, side, cells, ...)
-    return x.reshape(batch, channels, BINS, side * cells, side * cells)
+    return x.reshape(batch, -1, BINS, side * cells, side * cells)
 
 
-def hog_targets(images, patch_size=16, binning="hard"):
+def hog_targets(images, patch_size=16):
     """What pre-training predicts (Sec. 3.2): images (B, C, H, H) -> (B, N, C*9*2*2), no gradient.
 
     A patch always holds 2 x 2 cells, as in the paper's setting of 16-pixel patches and 8-pixel
     cells; a smaller model has smaller cells.
     """
     with torch.no_grad():
-        return to_patches(hog(images, patch_size // 2, binning), 2)     # (B, N, 108) for RGB
+        return to_patches(hog(images, patch_size // 2), 2)              # (B, N, 108) for RGB
 
 
 # ---------------------------------------------------------------------------------------- pictures

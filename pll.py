@@ -328,34 +328,34 @@ def bound(draw, x, y, threshold):
                         spacing=8)
 
 
-def cosines(pairs, names, tau=0.25, pixels=76):
+def draw_matrix(draw, x, y, shades, values, names, form, cell=62):
+    """A (K, K) matrix from (x, y) on: shades from -1, red, to 1, blue; values written as `form`."""
+    font = ImageFont.load_default
+    for i, name in enumerate(names):
+        draw.text((x - 10, y + cell * (i + 0.5)), name, "black", font(22), "rm")
+        draw.text((x + cell * (i + 0.5), y - 14), name[:5], "black", font(18), "mm")
+        for j, shade in enumerate(shades[i]):
+            left, top, fade = x + cell * j, y + cell * i, int(255 * (1 - min(abs(shade), 1)))
+            draw.rectangle((left, top, left + cell - 2, top + cell - 2),
+                           (fade, fade, 255) if shade > 0 else (255, fade, fade))
+            draw.text((left + cell / 2, top + cell / 2), form.format(values[i][j]),
+                      "white" if abs(shade) > 0.5 else "black", font(19), "mm")
+
+
+def cosines(pairs, names, tau=0.25, cell=76):
     """Cosine matrices of label queries beside each other: [(title, (K, d))] -> PIL RGB.
 
     Blue is -1, white 0 and red 1; Eq. (3) is least where all are -1/(K-1) off the diagonal.
     """
-    classes, left, top, gap = len(names), 140, 90, 40
-    small, large = ImageFont.load_default(21), ImageFont.load_default(25)
-    width = classes * pixels
-    sheet = Image.new("RGB", (left + len(pairs) * (width + gap), top + width + 60), "white")
+    left, top, width = 140, 90, 140 + len(names) * cell
+    sheet = Image.new("RGB", (len(pairs) * width + 40, top + len(names) * cell + 60), "white")
     draw = ImageDraw.Draw(sheet)
     for k, (title, queries) in enumerate(pairs):
         t = F.normalize(queries.float(), dim=1)                           # (K, d)
-        x0 = left + k * (width + gap)
-        draw.text((x0, 20), f"{title}: Eq. (3) = {uniform_loss(queries, tau).item():.3f}", "black",
-                  large)
-        for i, row in enumerate((t @ t.T).tolist()):                      # (K, K)
-            if not k:
-                draw.text((left - 10, top + (i + 0.5) * pixels), names[i], "black", small,
-                          anchor="rm")
-            draw.text((x0 + (i + 0.5) * pixels, top - 14), names[i][:5], "black", small,
-                      anchor="mm")
-            for j, value in enumerate(row):
-                fade = int(255 * (1 - min(abs(value), 1)))
-                x, y = x0 + j * pixels, top + i * pixels
-                draw.rectangle((x, y, x + pixels - 2, y + pixels - 2),
-                               (255, fade, fade) if value > 0 else (fade, fade, 255))
-                draw.text((x + pixels / 2, y + pixels / 2), f"{value:.2f}", "white" if fade < 90
-                          else "black", small, anchor="mm")
+        draw.text((left + k * width, 20), f"{title}: Eq. (3) = "
+                  f"{uniform_loss(queries, tau).item():.3f}", "black", ImageFont.load_default(25))
+        draw_matrix(draw, left + k * width, top, (-t @ t.T).tolist(), (t @ t.T).tolist(), names,
+                    "{:.2f}", cell)                                       # (K, K)
     return sheet
 
 

@@ -312,6 +312,19 @@ def make_parser(description, settings):
     return parser
 
 
+def refuse_idle(given, config, needs):
+    """InputError for a flag that changes nothing beside the others.
+
+    given: the flags as they came, None where one was left out; needs: (settings, a function of
+    `config` that says whether they have an effect, when that is, in words) each.
+    """
+    for names, when, words in needs:
+        for name in names.split():
+            if given[name] is not None and not when(config):
+                raise InputError(f"--{name.replace('_', '-')}: has no effect unless {words}; leave "
+                                 "it out")
+
+
 def resolve(args, settings, stage, overrides=None):
     """All settings of a run as a plain dict: the command's, else `overrides`, else the preset's.
 
@@ -339,7 +352,10 @@ def resolve(args, settings, stage, overrides=None):
     compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
     if config["compile"] and not any(map(shutil.which, compilers)):
         raise InputError("--compile: no C++ compiler is found; install g++ or leave it out")
-    for a, b in (("image_size", "patch_size"), ("dim", "heads"), ("decoder_dim", "decoder_heads")):
+    sizes = [("dim", "heads"), ("decoder_dim", "decoder_heads")]
+    if config.get("model") != "resnet18":                # which has no patches
+        sizes.append(("image_size", "patch_size"))
+    for a, b in sizes:
         if a in config and config[a] % config[b]:
             raise InputError(f"--{a.replace('_', '-')} {config[a]} is not a multiple of "
                              f"--{b.replace('_', '-')} {config[b]}")
@@ -938,7 +954,10 @@ def main(argv=None):
     add("--target", default="hog", choices=("hog", "pixel"), help="what is predicted (%(default)s)")
     add("--encoder", default="visible", choices=("visible", "maskfeat"),
         help="sees visible patches only, or mask tokens too as MaskFeat's does (%(default)s)")
-    c = resolve(parser.parse_args(argv), SETTINGS, "pretrain")
+    args = parser.parse_args(argv)
+    c = resolve(args, SETTINGS, "pretrain")
+    refuse_idle(vars(args), c, [("decoder_dim decoder_depth decoder_heads",
+                                 lambda c: c["encoder"] == "visible", "encoder is visible")])
     c["out"] = c["out"] or f"runs/pretrain-{c['data']}" + "-pixel" * (c["target"] == "pixel")
     run = start(c)
     saved = saved_state(run)

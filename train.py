@@ -37,7 +37,8 @@ from pll import (candidates_from_votes, cc_loss, contrastive_loss, generate_cand
                  target_loss, transition, uniform_loss, uniform_transition)
 from pretrain import (MODEL_SETTINGS, autocast, build_encoder, command_line, first_alone, fit,
                       load_checkpoint, load_split, load_weights, make_parser, parameter_groups,
-                      parameters, resolve, same_faces, saved_state, say, start, uniforms)
+                      parameters, refuse_idle, resolve, same_faces, saved_state, say, start,
+                      uniforms)
 from vit import from_torchvision, interpolate_positions
 
 # setting: (paper, laptop, smallest, largest, meaning), or for a choice: (paper, laptop, choices,
@@ -97,11 +98,21 @@ METHODS = {
     "decoder-uniform": dict(revise=False),
     "decoder-revision": dict(uniform_weight=0.0),
 }
-# Settings that only have a meaning where another one has a certain value.
-NEEDS = {"decoder_layers": ("head", "decoder"), "dropout": ("head", "decoder"),
-         "uniform": ("head", "decoder"), "tau": ("head", "decoder"), "threshold": ("revise", True),
-         "lw_beta": ("loss", "lw"), "queue": ("loss", "pico"), "layer_decay": ("model", "vit"),
-         "drop_path": ("model", "vit")}
+# Settings that have an effect only where others have certain values: (settings, when, in words).
+NEEDS = (
+    ("decoder_layers dropout uniform tau", lambda c: c["head"] == "decoder", "head is decoder"),
+    ("uniform tau", lambda c: c["uniform_weight"] > 0, "uniform_weight is above 0"),
+    ("tau", lambda c: c["uniform"] == "queries", "uniform is queries"),
+    ("threshold", lambda c: c["revise"], "revise is True"),
+    ("warmup_revision", lambda c: c["revise"] or c["loss"] == "pico",
+     "revise is True or loss is pico"),
+    ("candidates min_votes", lambda c: c["loss"] not in ("ce", "soft"), "the loss is of sets"),
+    ("prior", lambda c: c["loss"] in ("pll", "rc", "pico"), "loss is pll, rc or pico"),
+    ("lw_beta", lambda c: c["loss"] == "lw", "loss is lw"),
+    ("queue", lambda c: c["loss"] == "pico", "loss is pico"),
+    ("patch_size dim depth heads layer_decay drop_path", lambda c: c["model"] == "vit",
+     "model is vit"),
+)
 PICO = dict(width=128, encoder_momentum=0.999, start=0.95, end=0.8, weight=0.5)
 
 
@@ -361,10 +372,7 @@ def parse(argv):
         init = "none"                                    # all rows start alike
     config["init"] = init
     config["revise"] = row.get("revise", pll) and pll if args.revise is None else args.revise
-    for setting, (other, value) in NEEDS.items():
-        if getattr(args, setting) is not None and config[other] != value:
-            raise InputError(f"--{setting.replace('_', '-')}: has no effect unless {other} is "
-                             f"{value}; leave it out")
+    refuse_idle(vars(args), config, NEEDS)
     check_combination(config)
     return config
 

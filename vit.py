@@ -35,13 +35,13 @@ def patchify(images, patch_size):
     return x.reshape(batch, rows * columns, -1)           # (B, N, C*P*P)
 
 
-def unpatchify(patches, patch_size, channels=3):
+def unpatchify(patches, patch_size):
     """Inverse of `patchify` for square images: (B, N, C*P*P) -> (B, C, H, H)."""
     batch, count, _ = patches.shape
     side = round(count ** 0.5)
-    x = patches.reshape(batch, side, side, channels, patch_size, patch_size)
+    x = patches.reshape(batch, side, side, -1, patch_size, patch_size)
     x = x.permute(0, 3, 1, 4, 2, 5)                       # (B, C, side, P, side, P)
-    return x.reshape(batch, channels, side * patch_size, side * patch_size)
+    return x.reshape(batch, -1, side * patch_size, side * patch_size)
 
 
 def take(tokens, index):
@@ -148,13 +148,13 @@ class SelfAttention(nn.Module):
 class Block(nn.Module):
     """Pre-norm Transformer block: x + attention(norm(x)), then x + mlp(norm(x)); (B, N, d)."""
 
-    def __init__(self, dim, heads, mlp_ratio=4.0, drop_path_rate=0.0):
+    def __init__(self, dim, heads, drop_path_rate=0.0):
         super().__init__()
         self.drop_path_rate = drop_path_rate
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = SelfAttention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.mlp = MLP(dim, 4 * dim)
 
     def forward(self, x):
         x = x + drop_path(self.attn(self.norm1(x)), self.drop_path_rate, self.training)
@@ -169,7 +169,7 @@ class ViT(nn.Module):
     (on the class token), used by `classify` alone.
     """
 
-    def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, heads=12, mlp_ratio=4.0,
+    def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, heads=12,
                  drop_path_rate=0.0, classes=0):
         super().__init__()
         if image_size % patch_size:
@@ -180,7 +180,7 @@ class ViT(nn.Module):
         self.class_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.positions = nn.Parameter(wave_positions(dim, self.grid))     # (1, 1+N, d)
         rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, classes) if classes else None
         initialise(self)

@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 # A run of seconds: small pictures, a small model, few steps (counts of the toy: 2000, 500, 1000).
 TINY = ("--image-size 16 --patch-size 4 --dim 16 --depth 2 --heads 2 --batch-size 250 --epochs 2 "
         "--warmup-epochs 1").split()
+RESNET = "--image-size 16 --batch-size 250 --epochs 2 --warmup-epochs 1".split()
 
 
 def pytest_addoption(parser):
@@ -58,8 +59,10 @@ def flags_for(method, out, cache, *more):
     """The command line of a tiny run of a method; those that need pre-training start without."""
     row = train.METHODS[method]
     revises = row.get("revise", row.get("loss", "pll") == "pll")
-    return ["--method", method, *TINY, "--lr", "3e-3", "--warmup-revision", "1", "--out", str(out),
-            "--cache", str(cache), *(["--threshold", "0.02"] if revises else []),
+    return ["--method", method, *(RESNET if row.get("model") == "resnet18" else TINY), "--lr",
+            "3e-3", "--out", str(out), "--cache", str(cache),
+            *(["--warmup-revision", "1"] if revises or row.get("loss") == "pico" else []),
+            *(["--threshold", "0.02"] if revises else []),
             *([] if row.get("init") == "imagenet" else ["--init", "none"]), *map(str, more)]
 
 

@@ -135,6 +135,7 @@ IMAGES = [
     ("animated", broken(image(kind="gif", save_all=True, append_images=[
         Image.new("L", (48, 48), 9)])), IMAGE + "holds 2 frames; extract one"),
     ("huge", broken(image("1", (20_000, 20_000))), IMAGE + "more than 89478485 pixels; shrink it"),
+    ("large", broken(image("1", (10_000, 10_000))), IMAGE + "more than 89478485 pixels; shrink it"),
     ("a folder for an image", lambda f: [ferplus(f, [("", NEUTRAL), ("a.png", NEUTRAL)]),
                                          (f / "FER2013Train/a.png").mkdir()][0],
      "TMP/FER2013Train/a.png: not a readable image ([Errno 21] Is a directory: "
@@ -227,6 +228,7 @@ def error_of(script, flags, capsys):
     return capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")   # ours is in datasets.py
 @pytest.mark.parametrize("prepare, message", [case[1:] for case in ALL_DATA],
                          ids=[case[0] for case in ALL_DATA])
 def test_bad_data(prepare, message, tmp_path, monkeypatch, capsys):

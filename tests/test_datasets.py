@@ -391,8 +391,8 @@ def test_hold_out_is_stratified_and_disjoint():
 
 
 def test_the_toy_is_a_function_of_its_seed_and_confuses_as_people_do():
-    samples = [toy_sample(0, "train", i) for i in range(600)]
-    again = toy_sample(0, "train", 5)
+    samples = [toy_sample("train", i) for i in range(600)]
+    again = toy_sample("train", 5)
     assert samples[5][0] == again[0] and samples[5][2].tolist() == again[2].tolist()
     votes, truth = np.array([s[2] for s in samples]), np.array([s[0] for s in samples])
     assert (votes.sum(1) == 10).all()

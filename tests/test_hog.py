@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from hog import AT_ONCE, BINS, from_patches, hog, hog_targets, to_patches
+from hog import AT_ONCE, BINS, cell_sums, from_patches, hog, hog_targets, to_patches
 
 
 def slow_hog(image, cell):
@@ -98,6 +98,13 @@ def test_gradients_are_right_and_finite():
 def test_a_face_has_one_hog_in_any_batch():
     images = smooth_noise(AT_ONCE * 2 + 3, 3, 16, 16)         # more than are counted at a time
     assert hog(images).equal(torch.cat([hog(image[None]) for image in images]))
+
+
+def test_votes_find_their_cell_among_very_many():
+    """The number of a place is beyond 2^24 here, up to which fp32 counts without gaps."""
+    bins = torch.full((1, 1, 701, 701), -1.0)
+    sums = cell_sums(bins, torch.ones_like(bins), 1)
+    assert (sums[:, :, 8] == 1).all() and sums.sum() == 701 * 701
 
 
 def test_targets_have_the_papers_shape_and_come_back():

@@ -41,17 +41,23 @@ def test_every_row_of_the_tables_is_one_command(method, method_run):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--method", "rc", "--revise"], "--revise: Eq. (4-5) revise the confidence of --loss pll"),
+    (["--method", "rc-vit", "--revise"], "--revise: Eq. (4-5) revise the confidence of --loss pll"),
     (["--head", "linear", "--uniform-weight", "1"], "a linear head has no label queries to spread"),
     (["--loss", "lw", "--candidates", "uniform:0"], "every candidate set has a single label"),
-    (["--method", "pico", "--crop-scale", "1", "--degrees", "0", "--light", "0", "--erase", "0"],
+    (["--method", "pico-vit", "--crop-scale", "1", "--degrees", "0", "--light", "0"],
      "compares two views of a face, which need augmentation"),
-    (["--method", "pico", "--queue", "100"], "--queue 100: PiCO's queue must hold at least a b"),
-    (["--method", "rc", "--threshold", "0.2"], "--threshold: has no effect unless revise is True"),
+    (["--method", "pico-vit", "--queue", "100"], "--queue 100: PiCO's queue must hold at least"),
+    (["--method", "rc-vit", "--threshold", "0.2"], "--threshold: has no effect unless revise is"),
     (["--method", "baseline", "--tau", "0.1"], "--tau: has no effect unless head is decoder"),
-    (["--model", "resnet18", "--layer-decay", "0.5"], "--layer-decay: has no effect unless model"),
+    (["--model", "resnet18"], "--patch-size: has no effect unless model is vit; leave it out"),
+    (["--tau", "0.1", "--uniform-weight", "0"], "--tau: has no effect unless uniform_weight is ab"),
+    (["--tau", "0.1", "--uniform", "targets"], "--tau: has no effect unless uniform is queries"),
+    (["--warmup-revision", "1", "--no-revise"], "--warmup-revision: has no effect unless revise "),
+    (["--method", "soft", "--candidates", "lw1"], "--candidates: has no effect unless the loss"),
+    (["--method", "mim-hog", "--min-votes", "2"], "--min-votes: has no effect unless the loss is "),
+    (["--method", "cc-vit", "--prior", "votes"], "--prior: has no effect unless loss is pll, rc"),
     (["--val", "0.0001"], "--val 0.0001: holds out no face; give a larger share"),
-    (["--method", "pico", "--accumulate", "2"], "--accumulate: PiCO's queue and momentum model"),
+    (["--method", "pico-vit", "--accumulate", "2"], "--accumulate: PiCO's queue and momentum mod"),
     (["--accumulate", "0"], "--accumulate 0: give a number from 1"),
     (["--accumulate", "3"], "cannot be divided among 1 processes of 3 parts; the nearest that can "
      "is 249"),
@@ -66,6 +72,12 @@ def test_settings_that_do_not_go_together(flags, message, tmp_path, cache, monke
     with pytest.raises(SystemExit) as stop:
         command_line(lambda: train.main([*TINY, "--cache", str(cache), *flags]))
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_resnet_has_no_patches_to_fill_an_image():
+    assert train.parse(["--method", "resnet18-pll", "--image-size", "50"])["image_size"] == 50
+    with pytest.raises(InputError, match="--layer-decay: has no effect unless model is vit"):
+        train.parse(["--method", "resnet18-pll", "--layer-decay", "0.5"])
 
 
 @pytest.mark.parametrize("prefix, wrap", [("", "state_dict"), ("module.", "state_dict"),
@@ -258,7 +270,7 @@ def test_the_papers_figures_are_the_papers():
 
 
 def test_several_runs_are_compared_and_json_is_one_object_a_run(trained, cache, tmp_path, capsys):
-    train.main(flags_for("decoder", tmp_path, cache))
+    train.main(flags_for("rc-vit", tmp_path, cache))    # C moves, nothing is revised
     capsys.readouterr()
     evaluate.main([str(trained), str(tmp_path), "--markdown"])
     text = capsys.readouterr().out

@@ -99,7 +99,7 @@ def test_cosines_are_written_and_the_simplex_is_even():
     pixels = np.asarray(picture)
     even = {tuple(pixels[95 + 76 * i, 145 + 76 * j]) for i in range(4) for j in range(4) if i != j}
     assert even <= {(169, 169, 255), (170, 170, 255)}   # -1/3: a third of the way to blue
-    assert tuple(pixels[95, 145 + 4 * 76 + 40 + 76]) == (255, 0, 0)
+    assert tuple(pixels[95, 145 + 140 + 4 * 76 + 76]) == (255, 0, 0)     # row 0, column 1: a 1
 
 
 def test_attention_is_red_where_a_label_looks():

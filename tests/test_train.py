@@ -224,6 +224,8 @@ def test_resuming_with_other_settings_is_refused_with_the_differences(trained, c
     (pretrain, ["--image-size", "50"], "--image-size 50 is not a multiple of --patch-size 8"),
     (pretrain, ["--dim", "30", "--heads", "4"], "--dim 30 is not a multiple of --heads 4"),
     (pretrain, [*TINY, "--batch-size", "5000"], "--batch-size 5000 is more than the 2000 faces"),
+    (pretrain, ["--encoder", "maskfeat", "--decoder-dim", "8"],
+     "--decoder-dim: has no effect unless encoder is visible; leave it out"),
     (pretrain, ["--device", "quantum"], "--device quantum: cannot be used"),
     (pretrain, ["--device", "meta"], "--device meta: cannot be used (only cpu and cuda"),
     (pretrain, [*TINY, "--mask-ratio", "0.99"], "--mask-ratio 0.99: hides all 16 patches"),
@@ -291,10 +293,10 @@ def test_blocks_learn_at_their_own_rates(tmp_path, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--target", "pixel", "--mask", "random"], ["--encoder", "maskfeat"]])
+    ["--target", "pixel", "--mask", "random", "--decoder-dim", "8", "--decoder-heads", "2"],
+    ["--encoder", "maskfeat"]])
 def test_the_other_ways_of_pre_training_learn_too(flags, tmp_path, cache):
-    pretrain.main([*TINY, *flags, "--decoder-dim", "8", "--decoder-heads", "2", "--lr", "3e-3",
-                   "--out", str(tmp_path), "--cache", str(cache)])
+    pretrain.main([*TINY, *flags, "--lr", "3e-3", "--out", str(tmp_path), "--cache", str(cache)])
     log = read_log(tmp_path)
     assert log[1]["loss"] < log[0]["loss"]
 

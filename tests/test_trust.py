@@ -390,8 +390,8 @@ def test_deterministic_asks_torch_for_it(tmp_path, cache, monkeypatch):
 def test_every_operation_has_a_deterministic_form(method, tmp_path, cache):
     """Under the strict switch an operation without one would raise, as far as the CPU can tell."""
     try:
-        train.main(flags_of(["--init", "none", "--epochs", "1", "--method", method,
-                             "--deterministic"], tmp_path, cache))
+        train.main(flags_for(method, tmp_path, cache, "--init", "none", "--epochs", "1",
+                             "--deterministic"))
         assert torch.are_deterministic_algorithms_enabled() and read_state(tmp_path)["step"] == 8
     finally:
         torch.use_deterministic_algorithms(False)
