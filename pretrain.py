@@ -443,8 +443,10 @@ def say(run, text):
         sys.stdout.flush()
 
 
-def first_alone(run, work):
+def first_alone(run, work, others=True):
     """The result of `work()`, which the first process does before the others begin.
+
+    With others=False they only wait for it: it is done once.
 
     If it fails there with an InputError, all processes end with that error: none waits for ever.
     """
@@ -458,7 +460,7 @@ def first_alone(run, work):
         dist.broadcast_object_list(problem)
     if problem[0]:
         raise InputError(problem[0])
-    return result if run.rank == 0 else work()
+    return work() if run.rank > 0 and others else result
 
 
 def load_split(run, split):
@@ -670,12 +672,20 @@ def same_faces(run, saved, faces):
                          "set; give the same --data-dir")
 
 
-def restore(state, model, optimizer, scaler, where):
-    """Put a checkpoint into model, optimizer and scaler."""
-    load_weights(model, state["model"], where)
-    optimizer.load_state_dict(state["optimizer"])
-    if state["scaler"]:                                  # empty where there was no fp16
-        scaler.load_state_dict(state["scaler"])
+def restore(run, saved, model, optimizer, scaler):
+    """Put a checkpoint, if there is one, into model, optimizer and scaler.
+
+    Returns what the loop has done: steps, log, and sums of the scalars of the epoch so far.
+    """
+    if not saved:
+        return {"step": 0, "log": [], "sums": {}}
+    load_weights(model, saved["model"], run.out / "last.pt")
+    optimizer.load_state_dict(saved["optimizer"])
+    if saved["scaler"]:                                  # empty where there was no fp16
+        scaler.load_state_dict(saved["scaler"])
+    sums = {k: torch.tensor(v, dtype=torch.float64, device=run.device)
+            for k, v in saved["sums"].items()}
+    return {"step": saved["step"], "log": saved["log"], "sums": sums}
 
 
 def write_config(run):
@@ -692,12 +702,11 @@ def write_config(run):
     def write():
         try:
             run.out.mkdir(parents=True, exist_ok=True)
-            if run.rank == 0:
-                (run.out / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+            (run.out / "config.json").write_text(json.dumps(about, indent=1) + "\n")
         except OSError as error:
             raise InputError(f"--out {run.out}: cannot be written ({error.strerror})") from None
 
-    first_alone(run, write)
+    first_alone(run, write, others=False)
     say(run, "settings: " + "  ".join(f"{k}={v}" for k, v in run.config.items()
                                       if v is not None and v is not False))
     size = run.config["batch_size"]
@@ -827,12 +836,7 @@ def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch
     """
     c, steps = run.config, steps_per_epoch(run, faces)
     scaler = torch.amp.GradScaler(run.device.type, enabled=precision(run.device) == torch.float16)
-    state = {"step": 0, "log": [], "sums": {}}           # sums of the epoch's scalars so far
-    if saved:
-        restore(saved, model, optimizer, scaler, run.out / "last.pt")
-        sums = {k: torch.tensor(v, dtype=torch.float64, device=run.device)
-                for k, v in saved["sums"].items()}
-        state = {"step": saved["step"], "log": saved["log"], "sums": sums}
+    state = restore(run, saved, model, optimizer, scaler)
 
     def save():
         save_run(run, {"stage": c["stage"], "config": c, "faces": digest(faces), **state,
@@ -913,11 +917,11 @@ def means(run, sums, steps):
 def save_run(run, state):
     """last.pt and log.jsonl of the run folder, by the first process; the others wait for it."""
     def save():
-        if run.rank == 0:
-            save_checkpoint(run.out / "last.pt", state)
-            write_log(run, state["log"])
+        save_checkpoint(run.out / "last.pt", state)
+        lines = "".join(json.dumps(record) + "\n" for record in state["log"])
+        replace_file(run.out / "log.jsonl", lambda file: file.write(lines.encode()))
 
-    first_alone(run, save)
+    first_alone(run, save, others=False)
 
 
 def save_picture(run, draw, epoch, note):
@@ -925,17 +929,10 @@ def save_picture(run, draw, epoch, note):
     path = run.out / "pictures" / f"epoch-{epoch:04d}.png"
 
     def save():
-        if run.rank == 0:
-            picture = draw(f"epoch {epoch}, {note}")
-            replace_file(path, lambda file: picture.save(file, "png"))
+        picture = draw(f"epoch {epoch}, {note}")
+        replace_file(path, lambda file: picture.save(file, "png"))
 
-    first_alone(run, save)
-
-
-def write_log(run, log):
-    """log.jsonl: one object an epoch."""
-    lines = "".join(json.dumps(record) + "\n" for record in log)
-    replace_file(run.out / "log.jsonl", lambda file: file.write(lines.encode()))
+    first_alone(run, save, others=False)
 
 
 def uniforms(run, step, columns=12):
