@@ -117,20 +117,32 @@ def disputed(votes):
     return votes.max(dim=1).values < votes.sum(dim=1) / 2
 
 
+def reduced_wrongly(faces, candidates, confidence):
+    """Training faces whose several candidates became one that is not the voted label, (n,) bool."""
+    several, label = candidates.sum(dim=1) > 1, confidence.argmax(dim=1)   # (n,)
+    return several & is_revised(confidence) & (label != faces.labels)
+
+
 def became(faces, candidates, confidence, predicted):
     """Does disambiguation disambiguate? What became of the training faces; shares are 0 .. 1.
 
     candidates, confidence (n, K), predicted (n,), the network's answers to the faces as they are.
     `locked_in`: of the sets that were reduced to one label which is not the voted one, those of
-    which the network says the voted label by now; Eq. (5) cannot go back. The others, where there
-    are votes, are of faces with several candidates on which fewer than half of the votes agree: how
-    many were reduced, and of these how often to the voted label (on the toy: to the drawn class),
-    and how often the network says it.
+    which the network says the voted label by now; Eq. (5) cannot go back. `usual_error`: the class
+    that most of these sets were reduced to. The others, where there are votes, are of faces with
+    several candidates on which fewer than half of the votes agree: how many were reduced, and of
+    these how often to the voted label (on the toy: to the drawn class), and how often the network
+    says it.
     """
     several, label = candidates.sum(dim=1) > 1, confidence.argmax(dim=1)   # (n,)
     share = lambda name, hits: {name: hits.float().mean().item()} if len(hits) else {}
     reduced = several & is_revised(confidence)
-    found = share("locked_in", (predicted == faces.labels)[reduced & (label != faces.labels)])
+    wrong = reduced_wrongly(faces, candidates, confidence)
+    found = share("locked_in", (predicted == faces.labels)[wrong])
+    if found:
+        counts = label[wrong].bincount()                                   # (up to K,)
+        found.update(usual_error=int(counts.argmax()),
+                     usual_error_share=counts.max().item() / counts.sum().item())
     if faces.votes is None:
         return found
     few = several & disputed(faces.votes)
@@ -202,6 +214,10 @@ def as_text(result, classes):
     if "locked_in" in result:
         lines.append(f"locked in            {result['locked_in']:7.2%}   of those not as voted: "
                      "the network now says the voted label")
+    if "usual_error" in result:
+        lines.append(f"{'made ' + classes[result['usual_error']]:20s} "
+                     f"{result['usual_error_share']:7.2%}   of those not as voted, more than any "
+                     "other class")
     if "disputed_as_voted" in result:
         lines.append(f"disputed in training {result['disputed_revised']:7.2%}   of "
                      f"{result['disputed_faces']} are revised, {result['disputed_as_voted']:.2%} "
@@ -507,20 +523,25 @@ def pictures(run, model, state, faces, logits, known, answers):
         made["queries"] = cosines([("before", before), ("after", after),
                                    ("simplex", simplex(*after.shape))], classes, c["tau"])
     if c["revise"]:
-        made["disambiguation"] = disambiguated(state, known, answers)
+        made.update(disambiguated(state, known, answers))
     return made
 
 
 def disambiguated(state, faces, answers):
-    """Fig. 4 of the first 18 training faces whose sets have three labels or more, or the most.
+    """Fig. 4 twice, each of 18 training faces at most: {name: PIL RGB}.
 
-    faces, answers (n,): all of them, and what the network says. None of the 18 is chosen by what
-    became of it.
+    faces, answers (n,): all of them, and what the network says. "disambiguation" has the first
+    whose sets have three labels or more, or the most: none is chosen by what became of it.
+    "locked-in", if there are any, has the first whose set became another label than the voted one,
+    although the network says the voted one by now.
     """
-    sizes = state["candidates"].sum(dim=1)
-    rows = (sizes >= sizes.max().clamp(max=3)).nonzero().flatten()[:18]
-    return disambiguation(faces.subset(rows), state["candidates"][rows], state["confidence"][rows],
-                          answers[rows], state["classes"])
+    candidates, confidence = state["candidates"], state["confidence"]      # (n, K)
+    sizes, wrong = candidates.sum(dim=1), reduced_wrongly(faces, candidates, confidence)
+    chosen = {"disambiguation": sizes >= sizes.max().clamp(max=3),
+              "locked-in": wrong & (answers == faces.labels)}
+    rows = {name: mask.nonzero().flatten()[:18] for name, mask in chosen.items()}
+    return {name: disambiguation(faces.subset(r), candidates[r], confidence[r], answers[r],
+                                 state["classes"]) for name, r in rows.items() if len(r)}
 
 
 def save_pictures(folder, made):

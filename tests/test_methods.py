@@ -191,7 +191,7 @@ def test_what_became_of_the_candidate_sets_counted_face_by_face():
     start = candidates / candidates.sum(dim=1, keepdim=True)
     one_hot = F.one_hot((start * torch.rand(300, 5, generator=generator)).argmax(dim=1), 5)
     confidence = torch.where(draw(300, 1) > 1, one_hot, start)
-    locked, reduced, voted, true, network, network_true = [], [], [], [], [], []
+    locked, reduced, voted, true, network, network_true, errors = [], [], [], [], [], [], [0] * 5
     for i in range(300):
         if candidates[i].sum() == 1:
             continue
@@ -199,6 +199,7 @@ def test_what_became_of_the_candidate_sets_counted_face_by_face():
         label = int(confidence[i].argmax())
         if sure and label != labels[i]:
             locked.append(predicted[i] == labels[i])
+            errors[label] += 1
         if few:
             reduced.append(sure)
         if few and sure:
@@ -211,10 +212,13 @@ def test_what_became_of_the_candidate_sets_counted_face_by_face():
                 "disputed_network_as_true": network_true}
     found = became(faces, candidates, confidence, predicted)
     assert found.pop("disputed_faces") == len(reduced) > 50
+    assert errors[found.pop("usual_error")] == max(errors) > min(errors)
+    assert found.pop("usual_error_share") == max(errors) / len(locked)
     assert found == {k: pytest.approx(sum(map(int, v)) / len(v)) for k, v in expected.items()}
     assert len(locked) > 20 and len(voted) > 20
     faces.votes = None                                     # RAF-DB: generated sets
-    assert became(faces, candidates, confidence, predicted) == {"locked_in": found["locked_in"]}
+    assert set(became(faces, candidates, confidence, predicted)) == {
+        "locked_in", "usual_error", "usual_error_share"}
 
 
 def result(accuracy, seed, *flags):

@@ -12,7 +12,7 @@ import evaluate
 import hog
 import pll
 import pretrain
-from conftest import ROOT, TINY, flags_for, read_state, run_script
+from conftest import ROOT, TINY, faces_with, flags_for, read_state, run_script
 from datasets import DATA, TEMPLATE, load_faces, to_picture
 from decoder import heat
 from hog import BINS, edge, glyphs
@@ -20,10 +20,12 @@ from hog import BINS, edge, glyphs
 MADE_BY = {                                  # picture of the README -> what makes it
     "hog": "python hog.py", "pll": "python pll.py", "pretraining": "python pretrain.py",
     "attention": "python evaluate.py", "disambiguation": "python evaluate.py",
-    "curves": "python evaluate.py", "queries": "python evaluate.py"}
+    "curves": "python evaluate.py", "queries": "python evaluate.py",
+    "locked-in": "python evaluate.py"}
 RUNS = {"pretraining": "pretrain-toy/pictures/epoch-0016.png",
         "attention": "train-toy/pictures/attention-test.png",
         "disambiguation": "train-toy/pictures/disambiguation.png",
+        "locked-in": "train-toy/pictures/locked-in.png",
         "curves": "train-toy/pictures/curves.png", "queries": "train-toy/pictures/queries.png"}
 
 
@@ -143,12 +145,25 @@ def test_evaluation_draws_all_its_pictures(trained, cache, tmp_path, capsys):
     shutil.copytree(trained, tmp_path / "run")
     evaluate.main([str(tmp_path / "run")])
     drawn = {p.stem for p in (tmp_path / "run/pictures").iterdir()}
-    assert drawn == {"confusion-test", "curves", "reliability-test", "attention-test", "queries",
-                     "disambiguation"}
+    assert drawn - {"locked-in"} == {"confusion-test", "curves", "reliability-test",
+                                     "attention-test", "queries", "disambiguation"}
     text = capsys.readouterr().out
     assert all(name in text.splitlines()[-1] for name in drawn)
     kept = json.loads((tmp_path / "run/test.json").read_text())
     assert f"accuracy             {kept['accuracy']:7.2%}" in text
+
+
+def test_locked_in_are_faces_of_which_the_network_says_the_vote_and_c_another_label(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(evaluate, "disambiguation", lambda faces, *rest: drawn.append(faces.names))
+    faces = faces_with([0, 0, 0, 1, 2])
+    c = torch.tensor([[0, 1.0, 0], [0, 1, 0], [1, 0, 0], [0.5, 0.5, 0], [0, 1, 0]])
+    sets = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 1, 0], [1, 1, 0], [0, 1, 0]], dtype=torch.bool)
+    state = {"candidates": sets, "confidence": c, "classes": "abc"}
+    evaluate.disambiguated(state, faces, torch.tensor([0, 1, 0, 1, 2]))
+    assert drawn == [["0", "1", "2", "3"], ["0"]]    # all large sets; said, voted: 0, C says 1
+    assert list(evaluate.disambiguated(state, faces, torch.tensor([1, 1, 0, 1, 2]))) == [
+        "disambiguation"]                            # nothing is locked in
 
 
 def test_a_run_without_weights_is_compared_by_its_kept_result(trained, cache, tmp_path, capsys,

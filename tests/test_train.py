@@ -154,6 +154,7 @@ def test_evaluation_prints_text_and_json_and_is_exact_with_two_processes(trained
             in text)
     assert result["revised_as_true"] == last["revised_as_true"]
     assert f"locked in            {result['locked_in']:7.2%}   of those not as voted" in text
+    assert f"{result['usual_error_share']:7.2%}   of those not as voted, more than any" in text
     state, faces = read_state(trained), load_faces("toy", None, "train", 96, cache=str(cache))
     few = faces.votes.max(dim=1).values < 5                              # of ten votes
     revised = is_revised(state["confidence"]) & (state["candidates"].sum(dim=1) > 1)
