@@ -550,8 +550,7 @@ def pico(run, model, faces, table, state):
             everywhere, guess_all = share_rows(run, indices, guess)       # (B,)
             finite = q_all.isfinite().all() and k_all.isfinite().all()   # of all processes alike
             keys = torch.cat([k_all, state["queue"]])                     # (B+M, 128)
-            own = everywhere == indices[:, None]                          # (b, B): its other view
-            positive = F.pad(own, (0, len(state["queue"])))               # (b, B+M)
+            positive = F.pad(everywhere == indices[:, None], (0, len(state["queue"])))   # (b, B+M)
             epoch = step // steps
             if epoch >= c["warmup_revision"] and finite:
                 near = prototype_labels(q_all, state["prototypes"], candidates[everywhere])
@@ -560,13 +559,12 @@ def pico(run, model, faces, table, state):
                 confidence[everywhere] = moving_confidence(confidence[everywhere], near, momentum)
                 same = guess[:, None] == torch.cat([guess_all, state["queue_labels"]])
                 positive = positive | same
-        uniform, target = spread(c, model.head), confidence[indices]      # (b, K)
-        pll, trivial = pll_loss(logits, target), pll_loss(frequency.expand_as(target), target)
-        contrast = contrastive_loss(q, keys, positive)
-        with torch.no_grad():
             if finite:
                 state["prototypes"] = move_prototypes(state["prototypes"], q_all, guess_all)
                 enqueue(state, k_all, guess_all)
+        uniform, target = spread(c, model.head), confidence[indices]      # (b, K)
+        pll, trivial = pll_loss(logits, target), pll_loss(frequency.expand_as(target), target)
+        contrast = contrastive_loss(q, keys, positive)
         hits = (logits.argmax(dim=1) == labels[indices]).float().mean()
         loss = pll + PICO["weight"] * contrast + c["uniform_weight"] * uniform
         return loss, {"loss": loss, "pll": pll, "trivial": trivial, "contrastive": contrast,
