@@ -45,9 +45,7 @@ class InputError(Exception):
     """Something the user gave is wrong; the message says what, where and what to do."""
 
 
-# Pixels of an image. `read_image` refuses more, so that pillow need not warn (of twice as many it
-# makes an error itself).
-LARGEST = Image.MAX_IMAGE_PIXELS
+# `read_image` refuses images of which pillow would only warn.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AFFECTNET = "neutral happiness sadness surprise fear disgust anger contempt".split()
@@ -140,8 +138,8 @@ def read_image(path, channels):
     """Read an image file as PIL "L" or "RGB"; InputError names the file that cannot be read."""
     try:
         with Image.open(path) as image:
-            if image.width * image.height > LARGEST:
-                raise InputError(f"{path}: more than {LARGEST} pixels; shrink it")
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError       # as pillow does from twice as many on
             if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
                 raise InputError(f"{path}: colour mode {image.mode} is not read here; convert it "
                                  "to 8-bit grey or RGB")
@@ -151,7 +149,7 @@ def read_image(path, channels):
     except FileNotFoundError:
         raise InputError(f"{path}: no such image; is the data set unpacked completely?") from None
     except Image.DecompressionBombError:
-        raise InputError(f"{path}: more than {LARGEST} pixels; shrink it") from None
+        raise InputError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels; shrink it") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{path}: not a readable image ({error}); fetch it again") from None
 

@@ -119,8 +119,8 @@ def disputed(votes):
 
 def reduced_wrongly(faces, candidates, confidence):
     """Training faces whose several candidates became one that is not the voted label, (n,) bool."""
-    several, label = candidates.sum(dim=1) > 1, confidence.argmax(dim=1)   # (n,)
-    return several & is_revised(confidence) & (label != faces.labels)
+    return (candidates.sum(dim=1) > 1) & is_revised(confidence) \
+        & (confidence.argmax(dim=1) != faces.labels)
 
 
 def became(faces, candidates, confidence, predicted):
@@ -134,9 +134,8 @@ def became(faces, candidates, confidence, predicted):
     these how often to the voted label (on the toy: to the drawn class), and how often the network
     says it.
     """
-    several, label = candidates.sum(dim=1) > 1, confidence.argmax(dim=1)   # (n,)
+    label, reduced = confidence.argmax(dim=1), is_revised(confidence)      # (n,)
     share = lambda name, hits: {name: hits.float().mean().item()} if len(hits) else {}
-    reduced = several & is_revised(confidence)
     wrong = reduced_wrongly(faces, candidates, confidence)
     found = share("locked_in", (predicted == faces.labels)[wrong])
     if found:
@@ -145,7 +144,7 @@ def became(faces, candidates, confidence, predicted):
                      usual_error_share=counts.max().item() / counts.sum().item())
     if faces.votes is None:
         return found
-    few = several & disputed(faces.votes)
+    few = (candidates.sum(dim=1) > 1) & disputed(faces.votes)
     found.update(disputed_faces=int(few.sum()), **share("disputed_revised", reduced[few]))
     for name, right in (("voted", faces.labels), ("true", faces.truth)):
         if right is not None:

@@ -342,20 +342,22 @@ def draw_matrix(draw, x, y, shades, values, names, form, cell=62):
                       "white" if abs(shade) > 0.5 else "black", font(19), "mm")
 
 
-def cosines(pairs, names, tau=0.25, cell=76):
+def cosines(pairs, names, tau=0.25):
     """Cosine matrices of label queries beside each other: [(title, (K, d))] -> PIL RGB.
 
     Blue is -1, white 0 and red 1; Eq. (3) is least where all are -1/(K-1) off the diagonal.
     """
-    left, top, width = 140, 90, 140 + len(names) * cell
+    cell, left, top = 76, 140, 90
+    width = left + len(names) * cell
     sheet = Image.new("RGB", (len(pairs) * width + 40, top + len(names) * cell + 60), "white")
     draw = ImageDraw.Draw(sheet)
     for k, (title, queries) in enumerate(pairs):
         t = F.normalize(queries.float(), dim=1)                           # (K, d)
+        cosine = t @ t.T                                                  # (K, K)
         draw.text((left + k * width, 20), f"{title}: Eq. (3) = "
                   f"{uniform_loss(queries, tau).item():.3f}", "black", ImageFont.load_default(25))
-        draw_matrix(draw, left + k * width, top, (-t @ t.T).tolist(), (t @ t.T).tolist(), names,
-                    "{:.2f}", cell)                                       # (K, K)
+        draw_matrix(draw, left + k * width, top, (-cosine).tolist(), cosine.tolist(), names,
+                    "{:.2f}", cell)
     return sheet
 
 

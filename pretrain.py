@@ -446,9 +446,8 @@ def say(run, text):
 def first_alone(run, work, others=True):
     """The result of `work()`, which the first process does before the others begin.
 
-    With others=False they only wait for it: it is done once.
-
-    If it fails there with an InputError, all processes end with that error: none waits for ever.
+    With others=False they wait, but do not do it. If it fails there with an InputError, all
+    processes end with that error: none waits for ever.
     """
     result, problem = None, [None]
     if run.rank == 0:

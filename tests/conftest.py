@@ -18,9 +18,8 @@ from datasets import Faces  # noqa: E402
 CPU = torch.device("cpu")
 
 # A run of seconds: small pictures, a small model, few steps (counts of the toy: 2000, 500, 1000).
-TINY = ("--image-size 16 --patch-size 4 --dim 16 --depth 2 --heads 2 --batch-size 250 --epochs 2 "
-        "--warmup-epochs 1").split()
 RESNET = "--image-size 16 --batch-size 250 --epochs 2 --warmup-epochs 1".split()
+TINY = [*RESNET, *"--patch-size 4 --dim 16 --depth 2 --heads 2".split()]
 
 
 def pytest_addoption(parser):

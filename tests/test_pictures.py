@@ -150,6 +150,7 @@ def test_evaluation_draws_all_its_pictures(trained, cache, tmp_path, capsys):
     text = capsys.readouterr().out
     assert all(name in text.splitlines()[-1] for name in drawn)
     kept = json.loads((tmp_path / "run/test.json").read_text())
+    assert ("locked-in" in drawn) == (kept["locked_in"] > 0)
     assert f"accuracy             {kept['accuracy']:7.2%}" in text
 
 
