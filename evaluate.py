@@ -687,7 +687,7 @@ def main(argv=None):
         raise InputError("--image or --folder takes one run; --csv and --landmarks go with them")
     if args.image or args.folder:
         return recognise_files(args, overrides)
-    results, logs = [], []
+    results, logs, alone = [], [], len(args.runs) == 1 and not args.markdown
     tell = print if int(os.environ.get("RANK", 0)) == 0 else lambda text: None
     for path in args.runs:
         result, config, log, draw = evaluate(path, args.split, overrides)
@@ -697,19 +697,21 @@ def main(argv=None):
         logs.append((path, log))
         if args.json:
             tell(json.dumps(result))
-        elif len(args.runs) == 1 and not args.markdown:
+        elif alone:
             tell(f"{path}, epoch {result['epoch']}, {result['data']} {args.split} split")
             classes = DATA[result["data"]]["classes"]
             tell("\n".join(result["notes"]) + "\n\n" + as_text(result, classes))
-            if draw:
-                tell("\n" + save_pictures(folder_of(path) / "pictures", draw()))
-    if not args.json and (len(args.runs) > 1 or args.markdown):
+    if args.json:
+        return
+    if not alone:
         tell("\n".join(comparison(results, args.markdown)))
         sets = comparison([(r, c) for r, c in results if c["revise"]], args.markdown, BECAME)
         if sets:
             tell("\ntraining faces, what became of their candidate sets:\n\n" + "\n".join(sets))
-        if not args.markdown:
-            tell(save_pictures(Path("runs/pictures"), {"curves": curves(logs)}))
+    if alone and draw:
+        tell("\n" + save_pictures(folder_of(path) / "pictures", draw()))
+    elif not args.markdown:                      # of several runs, or of one without its weights
+        tell("\n" + save_pictures(Path("runs/pictures"), {"curves": curves(logs)}))
 
 
 if __name__ == "__main__":

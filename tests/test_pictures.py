@@ -49,6 +49,21 @@ def test_the_readmes_pictures_are_what_the_code_draws(name, tmp_path):
     assert np.abs(small(drawn) - small(published)).mean() < 4
 
 
+@pytest.mark.parametrize("name, runs", [
+    ("ferplus", "{ours,mim-hog,decoder-uniform,min2,baseline,recipe}-0"), ("recipe", "recipe-0")])
+def test_the_readmes_curves_of_kept_runs_are_what_evaluate_py_draws(name, runs, tmp_path,
+                                                                    monkeypatch, capsys):
+    readme = (ROOT / "README.md").read_text()
+    assert f".github/{name}.png" in readme and f"tests/results/ferplus/{runs} --split val" in readme
+    methods = runs.removesuffix("-0").strip("{}").split(",")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "tests/results/ferplus", "tests/results/ferplus")
+    evaluate.main([f"tests/results/ferplus/{method}-0" for method in methods] + ["--split", "val"])
+    assert capsys.readouterr().out.splitlines()[-1] == "pictures: runs/pictures (curves)"
+    drawn = small(tmp_path / "runs/pictures/curves.png", 400)
+    assert np.abs(drawn - small(ROOT / ".github" / f"{name}.png", 400)).mean() < 1
+
+
 def stripes(across):
     """An image whose edges run from left to right, or from top to bottom: (1, 1, 32, 32)."""
     wave = torch.sin(torch.arange(32.0) * 0.8).expand(1, 1, 32, 32)
