@@ -167,7 +167,10 @@ def test_the_cost_table_is_what_decoder_py_prints():
 
 
 def test_the_tables_of_kept_runs_are_what_evaluate_py_prints_of_them(capsys):
-    """Each row stands in the README, without what all rows say of themselves."""
+    """Each row stands in the README, without what all rows say of themselves.
+
+    No mean with a deviation stands in the results or beside a switch that is not in such a row.
+    """
     folders = sorted(map(str, (ROOT / "tests/results/ferplus").iterdir()))
     evaluate.main([*folders, "--split", "val", "--markdown"])
     lines = capsys.readouterr().out.replace(", scale laptop", "").replace(", val 0.1", "")
@@ -175,6 +178,9 @@ def test_the_tables_of_kept_runs_are_what_evaluate_py_prints_of_them(capsys):
     assert len(rows) > 20
     for line in rows:
         assert line in TEXT, line
+    told = TEXT.split("### Real faces")[1].split("## What the logs say")[0]
+    for mean in re.findall(r"\d+\.\d ± \d+\.\d(?!\d)", told):       # the text's and the tables'
+        assert any(f"| {mean} |" in row for row in rows), mean
 
 
 def test_a_setting_that_was_varied_alone_has_its_effect_beside_its_switch():
