@@ -183,6 +183,26 @@ def test_the_tables_of_kept_runs_are_what_evaluate_py_prints_of_them(capsys):
         assert any(f"| {mean} |" in row for row in rows), mean
 
 
+@pytest.mark.parametrize("claim, one, other", [
+    ("better target", "mim-hog", "mim-pixel"), ("better target", "mim-hog-pll", "mim-pixel-pll"),
+    ("sets help", "mim-hog-pll", "mim-hog"), ("label decoder helps", "decoder", "mim-hog-pll"),
+    ("Eq. 3 helps", "decoder-uniform", "decoder"), ("Eq. 3 helps", "ours", "decoder-revision"),
+    ("revision helps", "decoder-revision", "decoder"),
+    ("revision helps", "ours", "decoder-uniform"), ("better than RC", "ours", "rc-vit"),
+    ("better than RC", "ours", "pico-vit"), ("than one-hot labels", "recipe", "recipe-mim-hog"),
+    ("than one-hot labels", "ours", "mim-hog"), ("pre-training on", "recipe", "recipe-scratch")])
+def test_the_points_of_a_verdict_are_the_difference_of_kept_runs(claim, one, other):
+    """Means over the seeds that both have: on Valid (on the held-out faces)."""
+    folder, points = ROOT / "tests/results/ferplus", []
+    for key in ("accuracy", "held_out_accuracy"):
+        found = [json.loads((folder / f"{one}-{s}/val.json").read_text())[key] - json.loads(
+            (folder / f"{other}-{s}/val.json").read_text())[key] for s in range(3)
+            if (folder / f"{other}-{s}").exists()]
+        points.append(100 * sum(found) / len(found))
+    row = next(line for line in TEXT.splitlines() if line.startswith("| ") and claim in line)
+    assert f"{points[0]:.1f} ({points[1]:.1f})" in row.split(" | ")[2]
+
+
 def test_a_setting_that_was_varied_alone_has_its_effect_beside_its_switch():
     """tests/results/ferplus-search/FLAG=VALUE: per cent of the held-out faces / of Valid."""
     part = TEXT.split("## What the paper leaves open")[1].split("\n## ")[0].splitlines()
