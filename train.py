@@ -10,7 +10,7 @@ Paper: Sec. 3.3 and Algorithm 1, settings of Sec. 4.2; what the paper leaves to 
     Q        queries     (K, d)        label embeddings of the decoder
              logits      (B, K)        sigma_logits, one a label
     T_max    epochs                    outer loop, in `pretrain.fit`
-    I_max    steps                     inner loop, in `pretrain.train_epoch`; body: `iteration`
+    I_max    steps                     inner loop, in `pretrain.train_epoch`; body: `algorithm_1`
 
 Lines of Algorithm 1 are counted from "Ensure": 1 start of C, 2 epochs, 3 shuffle, 4 iterations,
 5 fetch, 6 Eq. (3), 7 Eq. (4) and (5), 8 Eq. (2), 9 update.
