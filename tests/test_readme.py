@@ -186,13 +186,14 @@ def test_the_tables_of_kept_runs_are_what_evaluate_py_prints_of_them(capsys):
 @pytest.mark.parametrize("claim, one, other", [
     ("better target", "mim-hog", "mim-pixel"), ("better target", "mim-hog-pll", "mim-pixel-pll"),
     ("sets help", "mim-hog-pll", "mim-hog"), ("sets help", "mim-pixel-pll", "mim-pixel"),
-    ("label decoder helps", "decoder", "mim-hog-pll"), ("Eq. 3 helps", "decoder-uniform", "decoder"),
-    ("Eq. 3 helps", "ours", "decoder-revision"), ("threshold 0.1 here", "decoder-revision",
-                                                  "decoder"),
-    ("threshold 0.1 here", "ours", "decoder-uniform"), ("the same with", "min2",
-                                                        "decoder-uniform-min2"),
-    ("the same with", "recipe", "recipe-decoder-uniform"), ("better than RC", "ours", "rc-vit"),
-    ("better than RC", "ours", "pico-vit"), ("than one-hot labels", "recipe", "recipe-mim-hog"),
+    ("label decoder helps", "decoder", "mim-hog-pll"),
+    ("Eq. 3 helps", "decoder-uniform", "decoder"), ("Eq. 3 helps", "ours", "decoder-revision"),
+    ("threshold 0.1 here", "decoder-revision", "decoder"),
+    ("threshold 0.1 here", "ours", "decoder-uniform"),
+    ("the same with", "min2", "decoder-uniform-min2"),
+    ("the same with", "recipe", "recipe-decoder-uniform"),
+    ("better than RC", "ours", "rc-vit"), ("better than RC", "ours", "pico-vit"),
+    ("than one-hot labels", "recipe", "recipe-mim-hog"),
     ("than one-hot labels", "ours", "mim-hog"), ("pre-training on", "recipe", "recipe-scratch")])
 def test_the_points_of_a_verdict_are_the_difference_of_kept_runs(claim, one, other):
     """Means over the seeds that both have: on Valid (on the held-out faces)."""
