@@ -194,6 +194,7 @@ def test_the_tables_of_kept_runs_are_what_evaluate_py_prints_of_them(capsys):
     ("the same with", "recipe", "recipe-decoder-uniform"),
     ("better than RC", "ours", "rc-vit"), ("better than RC", "ours", "pico-vit"),
     ("than one-hot labels", "recipe", "recipe-mim-hog"),
+    ("than one-hot labels", "recipe", "recipe-decoder-ce"),
     ("than one-hot labels", "ours", "mim-hog"), ("pre-training on", "recipe", "recipe-scratch")])
 def test_the_points_of_a_verdict_are_the_difference_of_kept_runs(claim, one, other):
     """Means over the seeds that both have: on Valid (on the held-out faces)."""
