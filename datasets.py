@@ -192,7 +192,7 @@ def align(image, points, side):
 
 
 def five_points(landmarks):
-    """68 landmarks (68, 2) -> eye centres, nose tip, mouth corners (5, 2)."""
+    """AffectNet's 68 landmarks (68, 2) -> eye centres, nose tip, mouth corners (5, 2); Sec. 4.2."""
     return np.stack([landmarks[36:42].mean(0), landmarks[42:48].mean(0), landmarks[30],
                      landmarks[48], landmarks[54]])
 
@@ -249,7 +249,7 @@ def layout_error(data, data_dir, found):
 
 
 def voted_label(votes, classes, convention):
-    """The crowd's label (Sec. 4.1) from the counts of all columns (`classes` real ones first).
+    """The crowd's label (Fig. 1: "voting") from the counts of all columns (`classes` real first).
 
     None if there is no such label. "argmax": the most voted class, the first of several; None if
     another column (unknown, no face) has as many votes. "majority" (FER+): columns with a single
@@ -434,7 +434,7 @@ def list_affectnet(data, root, split, partial):
 
 
 def check_count(data, split, found, partial, where):
-    """Official size of a split, or an InputError that names --partial."""
+    """Official size of a split (Sec. 4.1), or an InputError that names --partial."""
     official = DATA[data]["counts"][split]
     if official is not None and found != official and not partial:
         raise InputError(f"{where}: {found} faces for the {split} split, officially {official}; "

@@ -186,29 +186,31 @@ def stage_costs(classes=7, image=224, patch=16, dim=768, depth=12, heads=12, mas
             + label_decoder_cost(classes, patches, dim, heads, layers)}
 
 
-# Cards: dense 16-bit operations a second as their makers state them; four of them work together.
+# Cards: dense 16-bit operations a second as their makers state them.
 CARDS = {"V100": 125e12, "A100": 312e12, "H100": 989e12}
-# stage: epochs, global batch (Sec. 4.2 and, for the epochs of training, MaskFeat's protocol)
-PAPER = {"pre-training": (600, 192), "training": (100, 320)}
+# stage: epochs, global batch, cards (Sec. 4.2 and, for the epochs of training, MaskFeat's protocol)
+PAPER = {"pre-training": (600, 192, 4), "training": (100, 320, 2)}
 
 
 def cost_table(faces, utilisation=0.35):
     """Markdown lines: what the paper's settings cost for a training set of so many faces.
 
     Computed, not measured: forward and backward are three times forward, a card reaches
-    `utilisation` of its stated rate. Memory a card of four: 16 bytes a parameter (weight, gradient,
-    AdamW's two) and 2 bytes (16-bit autocast) for each number that is kept.
+    `utilisation` of its stated rate. Memory a card: 16 bytes a parameter (weight, gradient, AdamW's
+    two) and 2 bytes (16-bit autocast) for each number that is kept of its share of the batch. The
+    paper trains on two cards; that stage is also shown on four.
     """
-    lines = ["| stage | parameters | GFLOP an image | GB a card (batch / 4) | "
-             + " | ".join(f"hours on 4 {card}" for card in CARDS) + " |",
-             "|---" * (4 + len(CARDS)) + "|"]
-    for stage, cost in stage_costs().items():
-        epochs, batch = PAPER[stage]
+    lines = ["| stage | parameters | GFLOP an image | cards | GB a card | "
+             + " | ".join(f"hours on {card}" for card in CARDS) + " |",
+             "|---" * (5 + len(CARDS)) + "|"]
+    costs = stage_costs()
+    for stage, cards in [*((stage, row[2]) for stage, row in PAPER.items()), ("training", 4)]:
+        cost, (epochs, batch, _) = costs[stage], PAPER[stage]
         work = 3 * cost.operations * faces * epochs
-        memory = (16 * cost.parameters + 2 * cost.kept * batch / 4) / 1e9
-        hours = [work / (4 * rate * utilisation) / 3600 for rate in CARDS.values()]
+        memory = (16 * cost.parameters + 2 * cost.kept * batch / cards) / 1e9
+        hours = [work / (cards * rate * utilisation) / 3600 for rate in CARDS.values()]
         lines.append(f"| {stage}, {epochs} epochs | {cost.parameters / 1e6:.1f} M | "
-                     f"{3 * cost.operations / 1e9:.1f} | {memory:.1f} | "
+                     f"{3 * cost.operations / 1e9:.1f} | {cards} | {memory:.1f} | "
                      + " | ".join(f"{h:.2f}" for h in hours) + " |")
     return lines
 

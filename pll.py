@@ -1,6 +1,7 @@
 """Partial-label learning: candidate sets, confidence C, its loss, its revision, and the rivals.
 
-Paper: Sec. 3.1, 3.3.1, 3.3.2, Algorithm 1; then RC, CC, LW and PiCO, its rivals in Table 1.
+Paper: Sec. 3.1, 3.3.1, 3.3.2, Algorithm 1; then RC, LW and PiCO, its rivals in Table 1, and
+CC, RC's companion.
 Pure functions over a batch; train.py keeps C.
 
     symbol     name        shape        meaning
@@ -91,7 +92,7 @@ def pll_loss(logits, confidence):
     return -(confidence * log_zeta).sum(dim=1).mean()                     # Eq. (2)
 
 
-def uniform_loss(queries, tau=0.07):
+def uniform_loss(queries, tau=0.25):
     """How unevenly the label queries lie on the unit sphere, a scalar in fp32; (K, d).
 
     Eq. (3): mean over i of log sum over j of exp(t_i . t_j / tau), with t = Q / |Q|. The smallest
@@ -102,7 +103,7 @@ def uniform_loss(queries, tau=0.07):
         return torch.logsumexp(t @ t.T / tau, dim=1).mean()               # Eq. (3)
 
 
-def uniform_optimum(classes, tau=0.07):
+def uniform_optimum(classes, tau=0.25):
     """Eq. (3) at the regular simplex, where every cosine is -1/(K-1): log(e^(1/tau) + ...)."""
     return 1 / tau + math.log1p((classes - 1) * math.exp(-(1 + 1 / (classes - 1)) / tau))
 
@@ -166,7 +167,7 @@ def is_revised(confidence):
     return confidence.max(dim=1).values == 1
 
 
-# -------------------------------------------------------------------- the rivals of Table 1: RC, CC
+# ------------------------------------------------------------------------------ the rivals: RC, CC
 
 def rc_update(logits, candidates):
     """C of RC (Feng et al. 2020) and PRODEN (Lv et al. 2020) for the next visit, (B, K).

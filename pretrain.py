@@ -69,7 +69,8 @@ SETTINGS = {
     "batch_size": (192, 32, 1, 1_000_000, "faces a step, all processes together"),
     "lr": (2e-4, 8e-4, 0.0, 10.0, "highest learning rate"),
     "warmup_epochs": (60, 2, 0, 100_000, "epochs of linear warm-up"),
-    "weight_decay": (0.05, 0.05, 0.0, 10.0, "weight decay of AdamW (none on 1-D parameters)"),
+    "weight_decay": (0.05, 0.05, 0.0, 10.0, "weight decay of AdamW (not of norms, biases, tokens, "
+                     "positions)"),
     "clip": (0.02, 0.02, 1e-6, 1e9, "largest norm of the gradient"),
     "crop_scale": (0.5, 0.5, 0.01, 1.0, "smallest area of a random crop"),
     "picture_every": (50, 4, 1, 100_000, "epochs from one picture of the predictions to the next"),
@@ -196,7 +197,10 @@ def make_targets(images, kind, patch_size):
 
 
 def masked_mse(prediction, target, mask):
-    """Mean squared error over the masked patches alone (Sec. 3.2); a scalar in fp32."""
+    """Mean squared error over the masked patches alone, MaskFeat's (Sec. 3.2 names no loss).
+
+    A scalar in fp32.
+    """
     error = (prediction.float() - target).square().mean(dim=-1)            # (B, N)
     return (error * mask).sum() / mask.sum()
 

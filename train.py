@@ -57,7 +57,8 @@ SETTINGS = {
     "lr": (1e-4, 3e-4, 0.0, 10.0, "highest learning rate, that of the head"),
     "layer_decay": (0.65, 1.0, 0.01, 1.0, "factor of the learning rate for each deeper block"),
     "warmup_epochs": (20, 2, 0, 100_000, "epochs of linear warm-up"),
-    "weight_decay": (0.05, 0.05, 0.0, 10.0, "weight decay of AdamW (none on 1-D parameters)"),
+    "weight_decay": (0.05, 0.05, 0.0, 10.0, "weight decay of AdamW (not of norms, biases, tokens, "
+                     "positions)"),
     "clip": (1.0, 1.0, 1e-6, 1e9, "largest norm of the gradient"),
     "drop_path": (0.1, 0.0, 0.0, 0.9, "how often the last block's branches are dropped"),
     "dropout": (0.1, 0.0, 0.0, 0.9, "dropout in the label decoder"),
@@ -220,7 +221,7 @@ def imagenet_weights(model):
 
 
 def pretrained_weights(config):
-    """Where the encoder of a pre-training run is, and its weights."""
+    """Where the encoder of a pre-training run is, and its weights; its decoder stays (Sec. 3.2)."""
     where = Path(config["init"])
     where = where / "last.pt" if where.is_dir() else where
     target = {f"runs/pretrain-{config['data']}": "", f"runs/pretrain-{config['data']}-pixel":

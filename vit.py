@@ -162,7 +162,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision Transformer that returns all its tokens.
+    """Vision Transformer (Sec. 3.2: "the same structure with ViT") that returns all its tokens.
 
     The defaults are ViT-B/16 at 224. Drop path grows linearly from 0 at the first block to
     `drop_path_rate` at the last. With `classes` > 0 there is the linear head of the ImageNet model

@@ -161,9 +161,17 @@ def test_the_papers_costs():
     costs = cost.stage_costs()
     assert costs["training"].parameters == sum(p.numel() for p in train.build_model(
         {**{k: row[0] for k, row in train.SETTINGS.items()}, "data": "raf"}).parameters())
-    line = cost.cost_table(12_271)[3]
-    hours = 3 * costs["training"].operations * 12_271 * 100 / (4 * 125e12 * 0.35) / 3600
-    assert line.split("|")[5].strip() == f"{hours:.2f}"
+    for name, stage, cards in (("pre-training", pretrain, 4), ("training", train, 2)):
+        epochs, batch = stage.SETTINGS["epochs"][0], stage.SETTINGS["batch_size"][0]
+        assert cost.PAPER[name] == (epochs, batch, cards)
+    rows = [[cell.strip() for cell in line.split("|")] for line in cost.cost_table(12_271)[2:]]
+    assert [(row[1].split(",")[0], row[4]) for row in rows] == [
+        ("pre-training", "4"), ("training", "2"), ("training", "4")]
+    for stage, row in zip(("pre-training", "training", "training"), rows):
+        (epochs, batch, _), cards = cost.PAPER[stage], int(row[4])
+        hours = 3 * costs[stage].operations * 12_271 * epochs / (cards * 125e12 * 0.35) / 3600
+        gigabytes = (16 * costs[stage].parameters + 2 * costs[stage].kept * batch / cards) / 1e9
+        assert (row[5], row[6]) == (f"{gigabytes:.1f}", f"{hours:.2f}")
 
 
 @pytest.mark.parametrize("flags", [["--faces", "0"], ["--utilisation", "0"]])
