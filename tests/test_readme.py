@@ -186,15 +186,20 @@ def test_the_tables_of_kept_runs_are_what_evaluate_py_prints_of_them(capsys):
 @pytest.mark.parametrize("claim, one, other", [
     ("better target", "mim-hog", "mim-pixel"), ("better target", "mim-hog-pll", "mim-pixel-pll"),
     ("sets help", "mim-hog-pll", "mim-hog"), ("sets help", "mim-pixel-pll", "mim-pixel"),
+    ("sets help", "long-mim-hog-pll", "recipe-mim-hog"),
     ("label decoder helps", "decoder", "mim-hog-pll"),
+    ("label decoder helps", "long-decoder-uniform", "long-mim-hog-pll"),
     ("Eq. 3 helps", "decoder-uniform", "decoder"), ("Eq. 3 helps", "ours", "decoder-revision"),
     ("threshold 0.1 here", "decoder-revision", "decoder"),
     ("threshold 0.1 here", "ours", "decoder-uniform"),
+    ("threshold 0.1 here", "long-ours", "long-decoder-uniform"),
     ("the same with", "min2", "decoder-uniform-min2"),
     ("the same with", "recipe", "recipe-decoder-uniform"),
     ("better than RC", "ours", "rc-vit"), ("better than RC", "ours", "pico-vit"),
+    ("better than RC", "long-ours", "long-rc-vit"),
     ("than one-hot labels", "recipe", "recipe-mim-hog"),
     ("than one-hot labels", "recipe", "recipe-decoder-ce"),
+    ("than one-hot labels", "long-ours", "recipe-mim-hog"),
     ("than one-hot labels", "ours", "mim-hog"), ("pre-training on", "recipe", "recipe-scratch")])
 def test_the_points_of_a_verdict_are_the_difference_of_kept_runs(claim, one, other):
     """Means over the seeds that both have: on Valid (on the held-out faces)."""
@@ -202,7 +207,7 @@ def test_the_points_of_a_verdict_are_the_difference_of_kept_runs(claim, one, oth
     for key in ("accuracy", "held_out_accuracy"):
         found = [json.loads((folder / f"{one}-{s}/val.json").read_text())[key] - json.loads(
             (folder / f"{other}-{s}/val.json").read_text())[key] for s in range(3)
-            if (folder / f"{other}-{s}").exists()]
+            if (folder / f"{one}-{s}").exists() and (folder / f"{other}-{s}").exists()]
         points.append(100 * sum(found) / len(found))
     row = next(line for line in TEXT.splitlines() if line.startswith("| ") and claim in line)
     assert f"{points[0]:.1f} ({points[1]:.1f})" in row.split(" | ")[2]
