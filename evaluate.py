@@ -317,23 +317,26 @@ def comparable(config):
 
 
 def departures(config):
-    """Settings in which a run is not what --method alone gives, like ", init none, lr 0.001".
+    """Settings in which a run is not what --method alone gives, like ["init none", "lr 0.001"].
 
-    For real data the laptop's preset is one of them.
+    For real data the laptop's preset is one of them; warm-ups that keep their share of the epochs
+    are not.
     """
-    alone = parse(["--method", config["method"], "--data", config["data"], "--scale",
-                   config["scale"]])
-    mine, alone = comparable(config), comparable(alone)
-    scale = f", scale {config['scale']}" * (config["data"] != "toy" and config["scale"] != "paper")
-    return scale + "".join(f", {k} {config[k]}" for k in alone if mine.get(k, alone[k]) != alone[k])
+    flags = ["--method", config["method"], "--data", config["data"], "--scale", config["scale"]]
+    alone = parse([*flags, "--epochs", str(config["epochs"])])
+    mine, alone = comparable(config), {**comparable(alone), "epochs": parse(flags)["epochs"]}
+    scale = ["scale laptop"] * (config["data"] != "toy" and config["scale"] != "paper")
+    return scale + [f"{k} {config[k]}" for k in alone if mine.get(k, alone[k]) != alone[k]]
 
 
-def comparison(results, markdown, columns=COLUMNS):
+def comparison(results, markdown, columns=COLUMNS, title=""):
     """Lines of a table: a row for each group of runs that differ in the seed alone.
 
     results: list of (result, config). Numbers are mean and, for several seeds, standard deviation.
+    What all rows depart in stands once, in a line above the table, after the title.
     Paths of --init may differ in the run's seed (a pre-training run for each), in nothing else.
-    Runs that have none of the columns are left out; no line if that leaves none.
+    The paper's figure stands beside the paper's row alone, one that departs in nothing. Runs that
+    have none of the columns are left out; no line if that leaves none.
     """
     results = [(r, c) for r, c in results if any(key in r for key, _, _ in columns)]
     groups = {}
@@ -346,9 +349,12 @@ def comparison(results, markdown, columns=COLUMNS):
     columns = [c for c in columns if any(c[0] in result for result, _ in results)]
     if not columns:
         return []
+    groups = sorted(groups.values(), key=lambda g: list(METHODS).index(g[0][1]["method"]))
+    others = [departures(group[0][1]) for group in groups]
+    shared = [s for s in others[0] if len(groups) > 1 and all(s in other for other in others)]
     rows = [["method", "data", "seeds"] + [heading for _, heading, _ in columns] +
             ["accuracy in the paper"]]
-    for group in sorted(groups.values(), key=lambda g: list(METHODS).index(g[0][1]["method"])):
+    for group, other in zip(groups, others):
         config, cells = group[0][1], []
         for key, _, percent in columns:
             values = torch.tensor([result[key] for result, _ in group if key in result])
@@ -356,18 +362,20 @@ def comparison(results, markdown, columns=COLUMNS):
             digits = 1 if percent else 3
             spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.{digits}f}{spread}" if len(values) else "-")
-        other = departures(config)           # the paper's figure is for the paper's row alone
         known = not other and group[0][0]["split"] == "test" and columns[0] in COLUMNS
         paper = PAPER.get(config["method"], {}).get(config["data"]) if known else None
-        rows.append([config["method"] + other, f"{config['data']} {group[0][0]['split']}",
+        name = ", ".join([config["method"]] + [s for s in other if s not in shared])
+        rows.append([name, f"{config['data']} {group[0][0]['split']}",
                      str(len(group)), *cells, "-" if paper is None else f"{paper:.2f}"])
     if {row[-1] for row in rows[1:]} == {"-"}:
         rows = [row[:-1] for row in rows]                # the toy is not in the paper
+    above = [title] * bool(title) + ["every row: " + ", ".join(shared)] * bool(shared)
+    lines = ["; ".join(above), ""] if above else []
     if markdown:
         rows.insert(1, ["---"] * len(rows[0]))
-        return ["| " + " | ".join(row) + " |" for row in rows]
+        return lines + ["| " + " | ".join(row) + " |" for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
+    return lines + ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -705,9 +713,10 @@ def main(argv=None):
         return
     if not alone:
         tell("\n".join(comparison(results, args.markdown)))
-        sets = comparison([(r, c) for r, c in results if c["revise"]], args.markdown, BECAME)
+        sets = comparison([(r, c) for r, c in results if c["revise"]], args.markdown, BECAME,
+                          "training faces, what became of their candidate sets")
         if sets:
-            tell("\ntraining faces, what became of their candidate sets:\n\n" + "\n".join(sets))
+            tell("\n" + "\n".join(sets))
     if alone and draw:
         tell("\n" + save_pictures(folder_of(path) / "pictures", draw()))
     elif not args.markdown:                      # of several runs, or of one without its weights

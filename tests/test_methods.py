@@ -265,9 +265,21 @@ def test_runs_that_differ_in_more_than_the_seed_are_rows_that_say_so():
                         result(0.6, 0, "--epochs", "10", "--no-revise")], True)
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         "| ours", "| ours, init none", "| ours, lr 1.0",
-        "| ours, epochs 10, warmup_epochs 2, warmup_revision 2, revise False"]
+        "| ours, epochs 10, revise False"]               # warm-ups keep their share
     assert lines[2].split(" | ")[2:] == ["2", "85.0 ± 7.1", "50.0 ± 0.0", "92.05 |"]
     assert all(line.endswith("| - |") for line in lines[3:])       # not the paper's row
+
+
+def test_what_all_rows_depart_in_stands_once_above_them():
+    flags = "--scale", "laptop", "--epochs", "4", "--warmup-epochs", "3"
+    runs = [result(0.8, 0, *flags), result(0.6, 1, *flags),
+            result(0.7, 0, *flags, "--method", "decoder", "--val", "0.1")]
+    lines = comparison(runs, True, title="runs")
+    assert lines[:2] == ["runs; every row: scale laptop, epochs 4, warmup_epochs 3", ""]
+    assert [line.split(" | ")[0] for line in lines[4:]] == ["| ours", "| decoder, val 0.1"]
+    assert all("92.05" not in line for line in lines)              # still not the paper's row
+    assert comparison(runs[:2], True)[2].startswith("| ours, scale laptop, epochs 4")   # one row
+    assert comparison([result(0.8, 0), runs[2]], False, title="runs")[:2] == ["runs", ""]
 
 
 def test_the_papers_figures_are_the_papers():
@@ -283,9 +295,10 @@ def test_several_runs_are_compared_and_json_is_one_object_a_run(trained, cache, 
     capsys.readouterr()
     evaluate.main([str(trained), str(tmp_path), "--markdown"])
     text = capsys.readouterr().out
-    table, title, sets = (part.splitlines() for part in text.split("\n\n"))
+    shared, table, title, sets = (part.splitlines() for part in text.split("\n\n"))
+    assert shared[0].startswith("every row: ") and "epochs" in shared[0]
     assert table[0].startswith("| method | data | seeds | accuracy |") and len(table) == 4
-    assert title == ["training faces, what became of their candidate sets:"]
+    assert title == ["training faces, what became of their candidate sets"]
     assert sets[0].startswith("| method | data | seeds | revised | as voted |") and len(sets) == 3
     evaluate.main([str(trained), str(tmp_path), "--json"])
     objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
