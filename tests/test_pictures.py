@@ -44,6 +44,10 @@ def test_the_readmes_pictures_are_what_the_code_draws(name, tmp_path):
     drawn = ROOT / "runs" / RUNS.get(name, "")
     if name in RUNS and not drawn.is_file():
         pytest.skip("made by the README's first command, which was not run here")
+    if name == "locked-in":                  # which faces it shows depends on every last bit
+        accuracy = json.loads((ROOT / "runs/train-toy/test.json").read_text())["accuracy"]
+        if f"accuracy              {accuracy:.2%}   of" not in readme:
+            pytest.skip("the first command ended otherwise here than in the README (rounding)")
     if name not in RUNS:
         drawn = tmp_path / "drawn.png"
         {"hog": hog, "pll": pll}[name].main(["--out", str(drawn)])
