@@ -2,6 +2,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -63,6 +64,12 @@ def flags_for(method, out, cache, *more):
             *(["--warmup-revision", "1"] if revises or row.get("loss") == "pico" else []),
             *(["--threshold", "0.02"] if revises else []),
             *([] if row.get("init") == "imagenet" else ["--init", "none"]), *map(str, more)]
+
+
+def shown_accuracy():
+    """What the README shows of the first command: the toy's accuracy, 0 .. 1."""
+    shown = re.search(r"accuracy +(\d+\.\d+)% +of 1000 faces", (ROOT / "README.md").read_text())
+    return float(shown[1]) / 100
 
 
 def read_state(folder):

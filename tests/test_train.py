@@ -352,7 +352,7 @@ def test_a_label_is_learned_from_sets_that_are_never_single():
     for step in range(120):
         logits = model(images)
         uniform = train.uniform_loss(model.head.queries, 0.25)
-        if step >= 30:                       # later it knows some wrong labels by heart
+        if step >= 30:              # later it has learned both labels of more and more sets
             confidence = train.revise(confidence, logits, 0.1)
         loss = train.pll_loss(logits, confidence) + uniform
         optimizer.zero_grad()
