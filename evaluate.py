@@ -33,7 +33,8 @@ from tqdm import tqdm
 from datasets import (DATA, InputError, align, as_picture, normalise, number, read_csv,
                       read_image, resize, to_array)
 from decoder import attention_picture
-from pll import candidates_from_votes, cosines, draw_matrix, is_revised, simplex
+from pll import (candidates_from_votes, cosines, draw_matrix, initial_confidence, is_revised,
+                 simplex)
 from pretrain import (FREE, Stopped, autocast, command_line, load_checkpoint, load_split,
                       load_weights, replace_file, same_faces, say, start)
 from train import METHODS, accuracies, build_model, parse, predict, training_faces
@@ -55,7 +56,7 @@ PAPER = {
     "decoder-uniform": dict(raf=91.64, affectnet7=66.90),
     "decoder-revision": dict(raf=91.89, affectnet7=66.93),
 }
-# What config.json says of a run beside its settings.
+# What config.json says beside FREE in which two runs of one row may differ.
 ABOUT = ("command", "commit", "processes", "python", "torch", "torchvision", "deterministic",
          "partial", "accumulate")
 # Columns of the comparison: key of a result, heading, in per cent or not.
@@ -67,7 +68,8 @@ COLUMNS = [("held_out_accuracy", "held out", True),
            ("disputed_accuracy", "disputed", True)]
 # Columns of the second table: what became of the candidate sets of the training faces.
 BECAME = [("revised", "revised", True), ("revised_as_voted", "as voted", True),
-          ("revised_as_true", "as drawn", True), ("locked_in", "locked in", True),
+          ("trivial_as_voted", "trivial", True), ("revised_as_true", "as drawn", True),
+          ("locked_in", "locked in", True),
           ("disputed_revised", "disputed: revised", True),
           ("disputed_as_voted", "disputed: as voted", True),
           ("disputed_as_true", "disputed: as drawn", True),
@@ -127,6 +129,8 @@ def became(faces, candidates, confidence, predicted):
     """Does disambiguation disambiguate? What became of the training faces; shares are 0 .. 1.
 
     candidates, confidence (n, K), predicted (n,), the network's answers to the faces as they are.
+    `trivial_as_voted`: how often the sets that were reduced would have become the voted label, had
+    each become its most frequent candidate (by the mean over faces of Y / |Y|).
     `locked_in`: of the sets that were reduced to one label which is not the voted one, those of
     which the network says the voted label by now; Eq. (5) cannot go back. `usual_error`: the class
     that most of these sets were reduced to. The others, where there are votes, are of faces with
@@ -136,15 +140,17 @@ def became(faces, candidates, confidence, predicted):
     """
     label, reduced = confidence.argmax(dim=1), is_revised(confidence)      # (n,)
     share = lambda name, hits: {name: hits.float().mean().item()} if len(hits) else {}
-    wrong = reduced_wrongly(faces, candidates, confidence)
-    found = share("locked_in", (predicted == faces.labels)[wrong])
-    if found:
+    several, wrong = candidates.sum(dim=1) > 1, reduced_wrongly(faces, candidates, confidence)
+    usual = (candidates * initial_confidence(candidates).mean(dim=0)).argmax(dim=1)        # (n,)
+    found = share("trivial_as_voted", (usual == faces.labels)[several & reduced])
+    found.update(share("locked_in", (predicted == faces.labels)[wrong]))
+    if wrong.any():
         counts = label[wrong].bincount()                                   # (up to K,)
         found.update(usual_error=int(counts.argmax()),
                      usual_error_share=counts.max().item() / counts.sum().item())
     if faces.votes is None:
         return found
-    few = (candidates.sum(dim=1) > 1) & disputed(faces.votes)
+    few = several & disputed(faces.votes)
     found.update(disputed_faces=int(few.sum()), **share("disputed_revised", reduced[few]))
     for name, right in (("voted", faces.labels), ("true", faces.truth)):
         if right is not None:
@@ -187,8 +193,8 @@ def measure(logits, faces, classes, new=None):
     return result
 
 
-def as_text(result, classes):
-    """The result as lines for a terminal."""
+def as_text(result, classes, revises):
+    """The result as lines for a terminal; revises: of a run that reduces sets (Eq. 5)."""
     lines = [f"accuracy             {result['accuracy']:7.2%}   of {result['faces']} faces",
              f"mean class accuracy  {result['mean_class_accuracy']:7.2%}",
              f"majority class rate  {result['majority_class_rate']:7.2%}   (the trivial answer)"]
@@ -206,10 +212,15 @@ def as_text(result, classes):
         lines.append(f"on disputed faces    {result['disputed_accuracy']:7.2%}   (fewer than half "
                      "of the votes agree)")
     if "revised" in result:
+        name, voted, drawn = ("revised in training", "as voted", "as drawn") if revises else (
+            "several candidates", "with the voted label first in C", "with the drawn one")
         agree = [f"{result[key]:.2%} {text}" for key, text in (
-            ("revised_as_voted", "as voted"), ("revised_as_true", "as drawn")) if key in result]
-        lines.append(f"revised in training  {result['revised']:7.2%}   of its faces"
-                     + (f", {', '.join(agree)}" if agree else ""))
+            ("revised_as_voted", voted), ("revised_as_true", drawn)) if key in result]
+        lines.append(f"{name:20s} {result['revised']:7.2%}   "
+                     + ", ".join(["of its faces" if revises else "of the training faces", *agree]))
+    if "trivial_as_voted" in result:
+        lines.append(f"trivial revision     {result['trivial_as_voted']:7.2%}   as voted, had "
+                     "each of them become its most frequent candidate")
     if "locked_in" in result:
         lines.append(f"locked in            {result['locked_in']:7.2%}   of those not as voted: "
                      "the network now says the voted label")
@@ -368,7 +379,7 @@ def comparison(results, markdown, columns=COLUMNS, title=""):
         rows.append([name, f"{config['data']} {group[0][0]['split']}",
                      str(len(group)), *cells, "-" if paper is None else f"{paper:.2f}"])
     if {row[-1] for row in rows[1:]} == {"-"}:
-        rows = [row[:-1] for row in rows]                # the toy is not in the paper
+        rows = [row[:-1] for row in rows]                # the paper has none of these
     above = [title] * bool(title) + ["every row: " + ", ".join(shared)] * bool(shared)
     lines = ["; ".join(above), ""] if above else []
     if markdown:
@@ -497,7 +508,7 @@ def disambiguation(faces, candidates, confidence, predicted, classes):
 
 @torch.no_grad()
 def attention_of(model, run, images, names, titles, about):
-    """Attention picture of images uint8 (n, C, S, S) and their logits: (PIL RGB, (n, K))."""
+    """Attention picture of images uint8 (n, C, S, S): PIL RGB; about has their mean and std."""
     x = normalise(resize(images.to(run.device), run.config["image_size"]), about)
     with autocast(run):
         tokens = model.encoder(x)[:, 1:]                                   # (n, HW, d)
@@ -586,8 +597,8 @@ def read_face(path, about, side, landmarks):
 def recognise(run, model, state, paths, landmarks, batch_size=64):
     """Yield (path, probabilities (K,) or None, image or None) for picture files, in batches.
 
-    A file that cannot be read is told on stderr and yields None. Names of the classes, size, mean
-    and deviation are the checkpoint's.
+    A file that cannot be read is told on stderr and yields None. Size, mean and deviation are the
+    checkpoint's, channels and the largest size the data set's.
     """
     c = run.config
     side = min(c["image_size"], DATA[c["data"]]["side"])
@@ -707,8 +718,8 @@ def main(argv=None):
             tell(json.dumps(result))
         elif alone:
             tell(f"{path}, epoch {result['epoch']}, {result['data']} {args.split} split")
-            classes = DATA[result["data"]]["classes"]
-            tell("\n".join(result["notes"]) + "\n\n" + as_text(result, classes))
+            text = as_text(result, DATA[result["data"]]["classes"], config["revise"])
+            tell("\n".join(result["notes"]) + "\n\n" + text)
     if args.json:
         return
     if not alone:

@@ -74,7 +74,7 @@ def cell_sums(bins, votes, cell):
     place = bins.long().mul_(height * width).add_(place)                # (B, C, H, W)
     planes = votes.new_zeros(*votes.shape[:2], 4 * BINS * height * width)
     planes = planes.scatter_add(2, place.flatten(2), votes.flatten(2))  # each pixel votes once
-    return planes.unflatten(2, (4, BINS, height, width)).sum(dim=2)     # (B, C, 9, H/8, W/8)
+    return planes.unflatten(2, (4, BINS, height, width)).sum(dim=2)     # (B, C, 9, H/cell, W/cell)
 
 
 def cell_histograms(images, cell, binning):

@@ -301,10 +301,10 @@ def make_parser(description, settings):
     add("--device", help="cpu, cuda or cuda:N (cuda if there is one)")
     add("--deterministic", action="store_true", help="the same bits on CUDA too, more slowly")
     add("--resume", action="store_true", help="go on from the run folder's last.pt")
-    add("--labels", default="argmax", choices=("argmax", "majority"), help="votes to label")
+    add("--labels", choices=("argmax", "majority"), help="FERPlus: votes to label (argmax)")
     add("--partial", action="store_true", help="accept a data set of unofficial size")
-    add("--align", default="points", choices=("points", "given"),
-        help="RAF-DB: align by the five points, or take its own aligned images (%(default)s)")
+    add("--align", choices=("points", "given"),
+        help="RAF-DB: align by the five points, or take its own aligned images (points)")
     add("--accumulate", type=int, default=1, help="parts a process's share of a batch is computed "
         "in, for less memory (%(default)s)")
     add("--compile", action="store_true", help="torch.compile the network (needs a C++ compiler)")
@@ -341,6 +341,9 @@ def resolve(args, settings, stage, overrides=None):
     for name, low, high in (("seed", 0, 2**32), ("workers", 0, 1000), ("accumulate", 1, 100_000)):
         if not low <= config[name] <= high:
             raise InputError(f"--{name} {config[name]}: give a number from {low} to {high}")
+    for name, default, data in (("labels", "argmax", "ferplus"), ("align", "points", "raf")):
+        refuse_idle(config, config, [(name, lambda c: c["data"] == data, f"data is {data}")])
+        config[name] = config[name] or default
     for name, (paper, _, low, high, _) in settings.items():
         if config[name] is None:
             column = 0 if config["scale"] == "paper" else 1

@@ -83,7 +83,7 @@ _plain = dict(head="linear", uniform_weight=0.0, init="imagenet")
 _mim = dict(head="linear", uniform_weight=0.0)
 # A row of the paper's tables is a line here: the settings in which it differs from the method.
 # Table 1 (rc, lw, pico on ResNet-18 as there, and on the ViT; cc and soft belong beside them), then
-# Table 2, Table 3 and Table 4. With --scale laptop, "imagenet" is "none": all start alike.
+# Table 2, Table 3 and Table 4. With --scale laptop, "imagenet" is "none", random weights.
 METHODS = {
     "ours": {},
     "baseline": dict(_plain, loss="ce"),
@@ -277,10 +277,11 @@ def make_candidates(config, faces):
     if kind == "votes" and faces.votes is None:
         raise InputError(f"--candidates votes: {config['data']} has no votes; choose lw1, lw2, lw4 "
                          "or uniform:Q")
-    if kind == "votes" or (kind is None and faces.votes is not None):
-        if config["min_votes"] > 1 and faces.votes.max() <= 1:
-            raise InputError("--min-votes: this data set has shares of votes, not counts; leave it "
-                             "out")
+    generated = kind not in (None, "votes") or faces.votes is None
+    if config["min_votes"] > 1 and (generated or faces.votes.max() <= 1):
+        raise InputError("--min-votes: these sets are " + ("generated" if generated else "from "
+                         "shares of votes") + ", not from counts of votes; leave it out")
+    if not generated:
         return candidates_from_votes(faces.votes, config["min_votes"])
     matrix = uniform_transition(classes, float(kind[8:])) if (kind or "").startswith("uniform:") \
         else transition(classes, kind or "lw1")
@@ -288,7 +289,10 @@ def make_candidates(config, faces):
 
 
 def make_confidence(config, faces, candidates):
-    """C before training (n, K): Y / |Y| or vote shares; one-hot for "ce", all votes for "soft"."""
+    """C before training (n, K): Y / |Y| or vote shares; one-hot for "ce", all votes for "soft".
+
+    For "lw" its weights, which sum to 1 inside the set and to 1 outside.
+    """
     if config["loss"] in ("lw", "cc", "rc", "pico") and (candidates.sum(dim=1) == 1).all():
         raise InputError(f"--loss {config['loss']}: every candidate set has a single label; give "
                          "it sets: --min-votes 1, or --candidates lw1")
@@ -370,7 +374,7 @@ def parse(argv):
     if init.startswith("pretrain") and not config["init"]:
         init = f"runs/pretrain-{name}" + init.removeprefix("pretrain")
     if init == "imagenet" and not args.init and config["scale"] == "laptop":
-        init = "none"                                    # all rows start alike
+        init = "none"                                    # of that size there are no such weights
     config["init"] = init
     config["revise"] = row.get("revise", pll) and pll if args.revise is None else args.revise
     refuse_idle(vars(args), config, NEEDS)
@@ -395,6 +399,10 @@ def check_combination(config):
     if config["revise"] and config["loss"] != "pll":
         raise InputError("--revise: Eq. (4-5) revise the confidence of --loss pll, not of --loss "
                          f"{config['loss']}")
+    if (config["revise"] or config["loss"] == "pico") and \
+            config["warmup_revision"] == config["epochs"]:
+        raise InputError(f"--warmup-revision {config['warmup_revision']}: the run has no more "
+                         "epochs, so it would never act; give less, or --no-revise")
     if config["loss"] == "pico" and config["accumulate"] > 1:
         raise InputError("--accumulate: PiCO's queue and momentum model move once a batch; use "
                          "more processes or a smaller --batch-size")

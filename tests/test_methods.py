@@ -12,7 +12,7 @@ import evaluate
 import pretrain
 import train
 from conftest import CPU, TINY, faces_with, flags_for, random_crowd, read_log, read_state
-from datasets import Faces, InputError, load_faces
+from datasets import DATA, Faces, InputError, load_faces
 from evaluate import BECAME, became, comparison, not_in, vote_metrics
 from pll import (cc_loss, initial_confidence, lw_loss, lw_weights, move_prototypes,
                  moving_confidence, pll_loss, prototype_labels, rc_update, revise)
@@ -59,6 +59,11 @@ def test_every_row_of_the_tables_is_one_command(method, method_run):
     (["--method", "soft", "--candidates", "lw1"], "--candidates: has no effect unless the loss"),
     (["--method", "mim-hog", "--min-votes", "2"], "--min-votes: has no effect unless the loss is "),
     (["--method", "cc-vit", "--prior", "votes"], "--prior: has no effect unless loss is pll, rc"),
+    (["--candidates", "lw1", "--min-votes", "2"], "--min-votes: these sets are generated, not "),
+    (["--labels", "majority"], "--labels: has no effect unless data is ferplus; leave it out"),
+    (["--align", "given"], "--align: has no effect unless data is raf; leave it out"),
+    (["--warmup-revision", "2"], "--warmup-revision 2: the run has no more epochs, so it would"),
+    (["--method", "pico-vit", "--warmup-revision", "2"], "--warmup-revision 2: the run has no"),
     (["--val", "0.0001"], "--val 0.0001: holds out no face; give a larger share"),
     (["--method", "pico-vit", "--accumulate", "2"],
      "--accumulate: PiCO's queue and momentum model move once a batch"),
@@ -195,12 +200,17 @@ def test_what_became_of_the_candidate_sets_counted_face_by_face():
     start = candidates / candidates.sum(dim=1, keepdim=True)
     one_hot = F.one_hot((start * torch.rand(300, 5, generator=generator)).argmax(dim=1), 5)
     confidence = torch.where(draw(300, 1) > 1, one_hot, start)
-    locked, reduced, voted, true, network, network_true, errors = [], [], [], [], [], [], [0] * 5
+    weight = [sum(row[k] for row in start.tolist()) for k in range(5)]     # of each label
+    locked, reduced, voted, true, network, network_true, trivial = [[] for _ in range(7)]
+    errors = [0] * 5
     for i in range(300):
         if candidates[i].sum() == 1:
             continue
         few, sure = votes[i].max() / votes[i].sum() < 0.5, confidence[i].max() == 1
         label = int(confidence[i].argmax())
+        if sure:
+            usual = max(candidates[i].nonzero().flatten().tolist(), key=lambda k: weight[k])
+            trivial.append(usual == labels[i])
         if sure and label != labels[i]:
             locked.append(predicted[i] == labels[i])
             errors[label] += 1
@@ -211,9 +221,9 @@ def test_what_became_of_the_candidate_sets_counted_face_by_face():
             true.append(label == truth[i])
             network.append(predicted[i] == labels[i])
             network_true.append(predicted[i] == truth[i])
-    expected = {"locked_in": locked, "disputed_revised": reduced, "disputed_as_voted": voted,
-                "disputed_as_true": true, "disputed_network_as_voted": network,
-                "disputed_network_as_true": network_true}
+    expected = {"trivial_as_voted": trivial, "locked_in": locked, "disputed_revised": reduced,
+                "disputed_as_voted": voted, "disputed_as_true": true,
+                "disputed_network_as_voted": network, "disputed_network_as_true": network_true}
     found = became(faces, candidates, confidence, predicted)
     assert found.pop("disputed_faces") == len(reduced) > 50
     usual = {key: found.pop(key) for key in ("usual_error", "usual_error_share")}
@@ -222,8 +232,19 @@ def test_what_became_of_the_candidate_sets_counted_face_by_face():
     assert found == {k: pytest.approx(sum(map(int, v)) / len(v)) for k, v in expected.items()}
     assert len(locked) > 20 and len(voted) > 20
     faces.votes = None                                     # RAF-DB: generated sets
-    assert became(faces, candidates, confidence, predicted) == {"locked_in": found["locked_in"],
-                                                                **usual}
+    kept = {key: found[key] for key in ("trivial_as_voted", "locked_in")}
+    assert became(faces, candidates, confidence, predicted) == {**kept, **usual}
+
+
+def test_a_rival_that_reduces_no_set_is_not_said_to_revise(method_run):
+    folder = method_run("rc-vit")
+    last = read_log(folder)[-1]
+    numbers, config, _, _ = evaluate.evaluate(folder, "val", {})
+    lines = evaluate.as_text(numbers, DATA["toy"]["classes"], config["revise"]).splitlines()
+    told = [line for line in lines if line.startswith(("revised", "several", "trivial", "locked"))]
+    assert told == [f"several candidates   {last['revised']:7.2%}   of the training faces, "
+                    f"{last['revised_as_voted']:.2%} with the voted label first in C, "
+                    f"{last['revised_as_true']:.2%} with the drawn one"]
 
 
 def result(accuracy, seed, *flags):

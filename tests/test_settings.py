@@ -27,7 +27,8 @@ def test_another_seed_is_another_order_other_crops_and_other_sets(cache):
     for seed in (0, 1):
         run = Run(dict(seed=seed, batch_size=250, workers=0), 0, 1, CPU)
         order = torch.cat([indices for _, indices in batches(run, faces, 0, 0)])
-        sets = train.make_candidates(dict(candidates="lw1", data="toy", seed=seed), faces)
+        config = dict(candidates="lw1", min_votes=1, data="toy", seed=seed)
+        sets = train.make_candidates(config, faces)
         seen.append((order, uniforms(run, 0), sets))
     assert not any(a.equal(b) for a, b in zip(*seen))
 
@@ -97,13 +98,17 @@ def test_settings_reach_the_model_the_optimizer_and_the_sets(tmp_path, cache, mo
 
 def test_a_split_is_loaded_as_the_flags_say(monkeypatch):
     monkeypatch.setattr(pretrain, "load_faces", lambda *args: args)
-    flags = "--data raf --data-dir D --labels majority --partial --align given --cache C"
-    assert pretrain.load_split(Run(train.parse(flags.split()), 0, 1, CPU), "test") == (
-        "raf", "D", "test", 224, "majority", True, "C", "given")
+    read = lambda flags: pretrain.load_split(Run(train.parse(flags.split()), 0, 1, CPU), "test")
+    flags = "--data-dir D --partial --cache C"
+    assert read(f"{flags} --data raf --align given") == ("raf", "D", "test", 224, "argmax", True,
+                                                         "C", "given")
+    assert read(f"{flags} --data ferplus --labels majority") == ("ferplus", "D", "test", 224,
+                                                                 "majority", True, "C", "points")
 
 
 def test_sets_that_have_no_votes_are_those_of_lw1():
-    sets = train.make_candidates(dict(candidates=None, data="raf", seed=0), faces_with([0] * 500))
+    sets = train.make_candidates(dict(candidates=None, min_votes=1, data="raf", seed=0),
+                                 faces_with([0] * 500))
     assert sets[:, 0].all() and sets[:, 1].any() and not sets[:, 2:].any()
 
 

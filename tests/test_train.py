@@ -153,6 +153,7 @@ def test_evaluation_prints_text_and_json_and_is_exact_with_two_processes(trained
     assert (f"{last['revised_as_voted']:.2%} as voted, {last['revised_as_true']:.2%} as drawn"
             in text)
     assert result["revised_as_true"] == last["revised_as_true"]
+    assert f"trivial revision     {result['trivial_as_voted']:7.2%}   as voted, had each of" in text
     assert f"locked in            {result['locked_in']:7.2%}   of those not as voted" in text
     assert f"{result['usual_error_share']:7.2%}   of those not as voted, more than any" in text
     state, faces = read_state(trained), load_faces("toy", None, "train", 96, cache=str(cache))
