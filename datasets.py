@@ -760,7 +760,7 @@ def augment(images, u, size, data, scale=0.5, degrees=0.0, light=0.0, erase=0.0)
     x = normalise(x, DATA[data])                                   # (B, 3, size, size)
     if erase:
         share, along = 0.02 + 0.31 * u[:, 8], torch.exp(spread(9, math.log(3.3)))
-        at = torch.arange(size, device=x.device)
+        at = torch.arange(size, device=x.device) + 0.5                # pixel centres
         inside = []
         for k, side in ((10, (share * along).sqrt()), (11, (share / along).sqrt())):
             side = (side * size).clamp(1, size)

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image, ImageOps
 
 import datasets
@@ -82,6 +83,7 @@ def test_ferplus_from_kaggles_csv_is_joined_by_row(tmp_path):
     ([3, 2, 2, 0, 0, 0, 0, 0, 3, 0], None, None),     # as many say unknown
     ([1, 0, 0, 0, 0, 0, 0, 0, 9, 0], None, None),     # unknown
     ([1, 1, 1, 1, 1, 1, 1, 1, 0, 0], 0, None),
+    ([5, 5, 0, 0, 0, 0, 0, 0, 0, 0], 0, None),        # a half is no majority
     ([0, 0, 0, 0, 0, 0, 0, 2, 1, 1], 7, 7),           # nothing says that votes sum to ten
     ([0, 0, 0, 0, 0, 0, 0, 0, 0, 10], None, None)])
 def test_voted_label(votes, argmax, majority):
@@ -506,3 +508,49 @@ def test_shrinking_averages_and_does_not_pick():
     images = ((torch.arange(96) % 4 == 0) * 255).byte().expand(1, 1, 96, 96)   # one column of four
     inner = datasets.resize(images, 24)[..., 2:-2]
     torch.testing.assert_close(inner, torch.full_like(inner, 0.25), rtol=0, atol=0.05)
+
+
+def test_the_majority_convention_reaches_the_faces(tmp_path):
+    fake_ferplus(tmp_path, ROWS)
+    faces = load_faces("ferplus", tmp_path, "train", 48, "majority", partial=True,
+                       cache=tmp_path / "cache")
+    assert faces.names == ["fer0000007.png"]                         # 4 of 8 are no majority
+
+
+def test_ferplus_may_lie_in_data_and_its_table_may_have_been_saved_by_excel(tmp_path):
+    (tmp_path / "data").mkdir()
+    table = fake_ferplus(tmp_path / "data", ROWS) / "fer2013new.csv"
+    table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes())          # a byte-order mark
+    assert len(listing("ferplus", tmp_path, "train", partial=True).names) == 2
+    faces = load_faces("ferplus", tmp_path, "val", 224, partial=True, cache=tmp_path / "cache")
+    assert faces.images.shape == (1, 1, 48, 48)                      # enlarged only in a batch
+
+
+def test_raf_db_of_another_size_is_refused(tmp_path):
+    with pytest.raises(InputError, match="2 faces for the train split, officially 12271"):
+        listing("raf", fake_raf(tmp_path), "train")
+
+
+def test_constants_that_others_have_measured():
+    """MobileFaceNet's template in 112 x 112 pixels; the mean and deviation of ImageNet."""
+    assert TEMPLATE.tolist() == [[38.29, 51.70], [73.53, 51.50], [56.03, 71.74], [41.55, 92.37],
+                                 [70.73, 92.20]]
+    theirs = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.transforms()
+    assert (list(DATA["raf"]["mean"]), list(DATA["raf"]["std"])) == (theirs.mean, theirs.std)
+
+
+def test_a_turned_face_has_no_black_corners():
+    white = torch.full((64, 1, 24, 24), 255, dtype=torch.uint8)
+    x = augment(white, uniform_rows(), 24, "ferplus", scale=1.0, degrees=45.0)
+    torch.testing.assert_close(x, x[0, 0, 12, 12].expand_as(x))
+
+
+def test_what_is_erased_lies_anywhere_and_has_any_shape():
+    white = torch.full((4000, 1, 24, 24), 255, dtype=torch.uint8)
+    erased = (augment(white, uniform_rows(4000), 48, "ferplus", scale=1.0, erase=1.0) == 0)[:, 0]
+    often = erased.float().mean(dim=0)                               # (48, 48)
+    for turned in (often.flip(0), often.flip(1), often.T):
+        assert (often - turned).abs().max() < 0.05
+    assert 0 < often[0, 0] < 0.05 and often[24, 24] > 0.2
+    high, wide = erased.any(2).sum(1), erased.any(1).sum(1)          # in pixels
+    assert 3 < (high / wide).max() < 4.5 and 3 < (wide / high).max() < 4.5      # 3.3, but whole

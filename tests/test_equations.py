@@ -285,12 +285,14 @@ def test_eq4_and_eq5_equal_their_slow_twin(threshold):
 
 # -------------------------------------------------------------------------------------- Algorithm 1
 
-def slow_algorithm_1(f, x, Y, orders, c, lr):
+def slow_algorithm_1(f, x, Y, labels, orders, c, lr):
     """Algorithm 1, line by line: model f, images x (n, 3, H, H), candidate sets Y, settings c.
 
-    orders[i] is epoch i's shuffle. Returns Eq. (3), Eq. (2) and their sum in each step, and C.
+    orders[i] is epoch i's shuffle, labels are the voted ones. Returns Eq. (3), Eq. (2), their sum,
+    Eq. (2) of always answering how frequent each label is, and the accuracy in each step; and C.
     """
     C, steps = [slow_start(Y_i) for Y_i in Y], []           # Ensure: C_i = Y_i / |Y_i|
+    frequent = torch.tensor([sum(C_i[k] for C_i in C) / len(C) for k in range(7)])
     T_max, I_max = c["epochs"], len(orders[0]) // c["batch_size"]
     for i in range(T_max):
         D = orders[i]                                       # shuffle D
@@ -308,7 +310,10 @@ def slow_algorithm_1(f, x, Y, orders, c, lr):
             loss.backward()
             for parameter in f.parameters():                # update the parameters of f
                 parameter.data -= lr * parameter.grad
-            steps.append([uniform.item(), pll.item(), loss.item()])
+            trivial = slow_pll_loss([log(frequent)] * len(batch), [C[n] for n in batch])
+            right = sum(logits[row].argmax() == labels[n] for row, n in enumerate(batch))
+            steps.append([uniform.item(), pll.item(), loss.item(), trivial.item(),
+                          right.item() / len(batch)])
     return steps, C
 
 
@@ -324,7 +329,8 @@ def fast_algorithm_1(run, f, faces, lr):
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            steps.append([numbers[k].item() for k in ("uniform", "pll", "loss")])
+            steps.append([numbers[k].item() for k in ("uniform", "pll", "loss", "trivial",
+                                                      "train_accuracy")])
             orders[-1] += indices.tolist()
     return steps, table["confidence"], orders
 
@@ -348,7 +354,7 @@ def test_algorithm_1_equals_its_slow_twin(warmup, monkeypatch):
     fast, C_fast, orders = fast_algorithm_1(Run(c, 0, 1, torch.device("cpu")), f, faces, lr=0.1)
     Y = [slow_candidates(row) for row in votes.tolist()]
     x = prepare(torch.from_numpy(images), 8, "toy")
-    slow, C = slow_algorithm_1(g, x, Y, orders, c, lr=0.1)
+    slow, C = slow_algorithm_1(g, x, Y, faces.labels, orders, c, lr=0.1)
 
     assert len(fast) == 9 and all(len(set(D)) == 12 for D in orders) and orders[0] != orders[1]
     torch.testing.assert_close(torch.tensor(fast), torch.tensor(slow), rtol=1e-4, atol=1e-5)

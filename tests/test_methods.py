@@ -14,8 +14,8 @@ import train
 from conftest import CPU, TINY, faces_with, flags_for, random_crowd, read_log, read_state
 from datasets import DATA, Faces, InputError, load_faces
 from evaluate import BECAME, became, comparison, not_in, vote_metrics
-from pll import (cc_loss, initial_confidence, lw_loss, lw_weights, move_prototypes,
-                 moving_confidence, pll_loss, prototype_labels, rc_update, revise)
+from pll import (cc_loss, contrastive_loss, initial_confidence, lw_loss, lw_weights,
+                 move_prototypes, moving_confidence, pll_loss, prototype_labels, rc_update, revise)
 from pretrain import Run, command_line
 from test_pll import random_problem
 
@@ -236,6 +236,17 @@ def test_what_became_of_the_candidate_sets_counted_face_by_face():
     assert became(faces, candidates, confidence, predicted) == {**kept, **usual}
 
 
+def test_the_trivial_revision_takes_the_label_that_the_first_c_has_most_of():
+    """Label 1 stands in more sets than label 0, but with a third of each: 1.5 against 2.5."""
+    candidates = torch.tensor([[1, 0, 0, 0]] * 2 + [[0, 1, 1, 1]] * 3 + [[1, 1, 0, 0]]).bool()
+    confidence = initial_confidence(candidates)
+    confidence[5] = torch.tensor([0.0, 1, 0, 0])
+    for label, share in ((0, 1), (1, 0)):
+        faces = faces_with([0, 0, 1, 2, 3, label])
+        found = became(faces, candidates, confidence, faces.labels)
+        assert found["trivial_as_voted"] == share
+
+
 def test_a_rival_that_reduces_no_set_is_not_said_to_revise(method_run):
     folder = method_run("rc-vit")
     last = read_log(folder)[-1]
@@ -309,6 +320,15 @@ def test_the_papers_figures_are_the_papers():
     ours, baseline = evaluate.PAPER["ours"], evaluate.PAPER["baseline"]
     gains = [round(ours[data] - baseline[data], 2) for data in ours]
     assert gains == [3.69, 2.93, 2.5, 2.78]                            # as Sec. 4.3 states them
+    text = lambda method: [f"{v:.2f}" for v in evaluate.PAPER[method].values()]
+    assert [text(m) for m in ("ours", "rc", "lw", "pico", "baseline", "resnet18-pll")] == [
+        ["92.05", "91.11", "67.11", "64.12"], ["88.92", "88.53", "64.87", "61.63"],
+        ["88.70", "88.10", "64.53", "61.46"], ["88.53", "87.93", "64.35", "61.38"],
+        ["88.36", "88.18", "64.61", "61.34"], ["89.67", "89.80", "62.89"]]
+    assert [" ".join(text(m)) for m in ("mim-pixel", "mim-hog", "mim-pixel-pll", "mim-hog-pll",
+                                        "decoder", "decoder-uniform", "decoder-revision")] == [
+        "89.64 65.25", "89.85 65.31", "90.09 65.97", "90.35 66.12", "91.29 66.67", "91.64 66.90",
+        "91.89 66.93"]                                                 # RAF-DB, AffectNet-7
 
 
 def test_several_runs_are_compared_and_json_is_one_object_a_run(trained, cache, tmp_path, capsys):
@@ -394,7 +414,34 @@ def test_picos_step_is_its_parts_in_their_order(cache, monkeypatch):
     guess = logits.masked_fill(~sets, -torch.inf).argmax(dim=1)
     assert state["queue_labels"][:500].equal(guess) and state["at"] == 500
     torch.testing.assert_close(state["queue"][:500], state["key_model"](views[1])[1])
-    torch.testing.assert_close(state["prototypes"], move_prototypes(old, q.detach(), guess))
+    torch.testing.assert_close(state["prototypes"], move_prototypes(old, q.detach(), guess, 0.99))
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_picos_losses_and_when_its_prototypes_begin_to_act(epoch, cache):
+    """Before the warm-up's end a face's only positive is its other view, and C stays."""
+    torch.manual_seed(0)
+    flags = "--method pico-vit --init none --batch-size 500 --epochs 3 --warmup-revision 1"
+    c = train.parse([*TINY, *flags.split(), "--cache", str(cache)])
+    run, faces = Run(c, 0, 1, CPU), load_faces("toy", None, "val", 16, cache=cache)
+    model, table, made = train.build_model(c), train.confidence_table(run, faces, None), []
+    state, start = train.pico_state(run, model, None), table["confidence"].clone()
+    state["queue_labels"] = torch.arange(1024) % 7
+    queue, queue_labels = state["queue"].clone(), state["queue_labels"].clone()
+    rows = torch.arange(500)
+    _, numbers = train.pico(run, model, faces, table, state)(
+        lambda images: (made.append(model(images)), made[-1])[1], faces[rows], rows, epoch)
+    logits, q = made[0]
+    torch.testing.assert_close(q.norm(dim=1), torch.ones(500))
+    guess = logits.masked_fill(~table["candidates"], -torch.inf).argmax(dim=1)
+    positive = torch.eye(500, 1524, dtype=torch.bool)
+    if epoch == 1:
+        positive |= guess[:, None] == torch.cat([guess, queue_labels])
+    contrast = contrastive_loss(q, torch.cat([state["queue"][:500], queue]), positive)
+    assert numbers["contrastive"].item() == pytest.approx(contrast.item(), rel=1e-5)
+    assert table["confidence"].equal(start) == (epoch == 0)
+    loss = pll_loss(logits, table["confidence"])
+    assert numbers["pll"].item() == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_a_step_whose_features_are_not_finite_leaves_picos_memory_alone(cache, monkeypatch):

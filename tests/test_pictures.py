@@ -361,7 +361,6 @@ def test_a_comparison_draws_the_curves_of_its_runs(trained, method_run, tmp_path
 def test_a_method_without_label_queries_has_pictures_too(method_run, cache, capsys):
     evaluate.main([str(method_run("pico")), "--split", "val"])
     assert "confusion-val, curves, reliability-val)" in capsys.readouterr().out
-    assert flags_for("pico", "x", "y")[1] == "pico"
 
 
 def test_the_rows_of_drawn_matrices_are_voted_labels(monkeypatch):

@@ -151,14 +151,6 @@ def test_generated_candidates_follow_the_transition_matrix():
     assert not sets.equal(generate_candidates(labels, transition(8, "lw4"), seed=1))
 
 
-def test_losses_are_fp32_under_autocast():
-    _, confidence, logits = random_problem()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert pll_loss(logits, confidence).dtype == torch.float32
-        assert uniform_loss(torch.randn(7, 8, dtype=torch.bfloat16)).dtype == torch.float32
-        assert revise(confidence, logits.bfloat16(), 0.1).dtype == torch.float32
-
-
 # ------------------------------------------------------------------------- the rivals of Table 1
 
 def test_cc_is_cross_entropy_for_one_candidate_and_zero_for_all():

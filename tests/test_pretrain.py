@@ -5,6 +5,8 @@ import random
 import pytest
 import torch
 
+import pretrain
+from conftest import TINY
 from datasets import InputError
 from hog import hog_targets
 from pretrain import (MaskedModel, block_mask, draw_masks, learning_rate, load_checkpoint,
@@ -189,3 +191,43 @@ def test_masked_tokens_have_their_positions_at_maskfeats_encoder_too():
     with torch.no_grad():
         said = make_model("maskfeat")(torch.randn(1, 3, 32, 32), torch.ones(1, 16).bool())[0]
     assert len(said.mul(1e4).round().unique(dim=0)) == 16
+
+
+@pytest.mark.parametrize("kind", ["visible", "maskfeat"])
+def test_row_n_of_the_prediction_is_read_from_patch_n(kind):
+    model, seen = make_model(kind), []
+    last = model.norm if kind == "visible" else model.encoder.norm
+    last.register_forward_hook(lambda module, given, out: seen.append(out))
+    said = model(torch.randn(3, 3, 32, 32), random_mask(3, 4, 6, seed=0))
+    assert said.equal(model.predict(seen[-1][:, 1:]))                # behind the class token
+
+
+def test_neighbouring_steps_share_no_masks_of_blocks():
+    now, before = (draw_masks("block", range(8), 14, 79, seed=seed) for seed in (6, 5))
+    assert not now[:-1].equal(before[1:])
+
+
+def given_to_fit(flags, tmp_path, cache, monkeypatch):
+    """What the command line of pretrain.py gives to `fit`."""
+    calls = []
+    monkeypatch.setattr(pretrain, "fit", lambda *args, **how: calls.append(args))
+    pretrain.main([*TINY, *flags, "--out", str(tmp_path), "--cache", str(cache)])
+    return calls[0]
+
+
+def test_a_step_of_pre_training_predicts_what_it_hides(tmp_path, cache, monkeypatch):
+    flags = "--seed 3 --weight-decay 0.1 --decoder-dim 8 --decoder-heads 2".split()
+    _, model, optimizer, faces, step_loss, _ = given_to_fit(flags, tmp_path, cache, monkeypatch)
+    asked, rows = [], torch.arange(250)
+    loss, _ = step_loss(lambda *x: (asked.append(x), model(*x))[1], faces[rows], rows, 5)
+    images, mask = asked[0]
+    assert mask.equal(draw_masks("random", range(250), 4, 7, 3 * 1_000_003 + 5))
+    assert loss == masked_mse(model(images, mask), make_targets(images, "hog", 4), mask)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.1}
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
+
+
+def test_the_encoder_and_the_seed_reach_the_masked_model(tmp_path, cache, monkeypatch):
+    one, two = (given_to_fit(["--encoder", "maskfeat", "--seed", seed], tmp_path, cache,
+                             monkeypatch)[1] for seed in "01")
+    assert one.kind == "maskfeat" and not one.predict.weight.equal(two.predict.weight)

@@ -1,11 +1,13 @@
 """What a command line asks for is what happens: each setting reaches the place where it acts."""
+import shutil
+
 import pytest
 import torch
 
 import datasets
 import pretrain
 import train
-from conftest import CPU, TINY, faces_with, flags_for
+from conftest import CPU, TINY, faces_with, flags_for, read_state
 from datasets import load_faces
 from pll import candidates_from_votes
 from pretrain import Run, batches, learning_rate, uniforms
@@ -90,6 +92,7 @@ def test_settings_reach_the_model_the_optimizer_and_the_sets(tmp_path, cache, mo
     _, model, optimizer, faces, _, _, extra, _ = caught[1]
     assert type(optimizer) is torch.optim.AdamW
     assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, 0.1}
+    assert {g["betas"] for g in optimizer.param_groups} == {(0.9, 0.999)}
     assert [b.drop_path_rate for b in model.encoder.blocks] == [0.0, 0.2]
     assert len(model.head.layers) == 3
     assert extra()["candidates"].equal(candidates_from_votes(faces.votes, 2))
@@ -122,3 +125,52 @@ def test_sets_that_have_no_votes_are_those_of_lw1():
 def test_what_the_rows_of_table_3_are(method, expected):
     config = train.parse(["--method", method, "--data", "raf"])
     assert [config[k] for k in ("model", "head", "loss", "revise", "init")] == expected
+
+
+def test_the_paper_column_of_the_settings():
+    """Sec. 4.2, and what MaskFeat, MAE, DETR and the README's table of choices have."""
+    column = lambda module: {name: row[0] for name, row in module.SETTINGS.items()}
+    size = dict(image_size=224, patch_size=16, dim=768, depth=12, heads=12)
+    assert column(pretrain) == dict(
+        size, decoder_dim=512, decoder_depth=8, decoder_heads=16, mask_ratio=0.4, mask="block",
+        epochs=600, batch_size=192, lr=2e-4, warmup_epochs=60, weight_decay=0.05, clip=0.02,
+        crop_scale=0.5, picture_every=50)
+    assert column(train) == dict(
+        size, model="vit", head="decoder", loss="pll", prior="uniform", decoder_layers=2,
+        epochs=100, batch_size=320, lr=1e-4, layer_decay=0.65, warmup_epochs=20, weight_decay=0.05,
+        clip=1.0, drop_path=0.1, dropout=0.1, crop_scale=0.5, degrees=15.0, light=0.3, erase=0.25,
+        min_votes=1, uniform="queries", uniform_weight=1.0, tau=0.25, threshold=0.1,
+        warmup_revision=20, lw_beta=1.0, queue=8192, val=0.0)
+    assert train.PICO == dict(width=128, encoder_momentum=0.999, start=0.95, end=0.8, weight=0.5)
+
+
+def test_dropout_reaches_the_head_which_reads_the_visual_tokens(cache):
+    config = train.parse([*TINY, "--init", "none", "--dropout", "0.3"])
+    model = train.build_model(config).eval()
+    assert {m.p for m in model.head.modules() if isinstance(m, torch.nn.Dropout)} == {0.3}
+    images = torch.randn(2, 3, 16, 16)
+    assert model(images).equal(model.head(model.encoder(images)[:, 1:]))
+    run, faces = Run(config, 0, 1, CPU), load_faces("toy", None, "val", 16, cache=cache)
+    once, again = (train.predict(run, model.train(), faces) for _ in range(2))
+    assert once.equal(again)                                         # nothing is dropped there
+
+
+def test_what_is_dropped_is_another_in_each_step_and_for_each_seed(tmp_path, cache, monkeypatch):
+    seeds, update = [], pretrain.update
+
+    def watch(*args):
+        seeds.append(torch.initial_seed())
+        update(*args)
+
+    monkeypatch.setattr(pretrain, "update", watch)
+    for seed in "01":
+        train.main([*TINY, "--init", "none", "--epochs", "1", "--seed", seed, "--out",
+                    str(tmp_path / seed), "--cache", str(cache)])
+    assert len(seeds) == len(set(seeds)) == 16
+
+
+def test_a_run_goes_on_from_another_place_and_with_other_workers(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    config = {**read_state(trained)["config"], "resume": True, "out": str(tmp_path / "run"),
+              "workers": 2, "data_dir": "D", "cache": "C", "picture_every": 7}
+    assert pretrain.saved_state(Run(config, 0, 1, CPU))["step"] == 16

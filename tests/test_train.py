@@ -12,10 +12,12 @@ import decoder
 import evaluate
 import pretrain
 import train
-from conftest import ROOT, TINY, read_log, read_state, run_script
+from conftest import CPU, ROOT, TINY, read_log, read_state, run_script
 from datasets import InputError, load_faces
 from pll import initial_confidence, is_revised
 from pretrain import command_line
+
+OTHER_FACES = "its training faces are not those of this data set"
 
 
 def same(a, b, tolerance=0.0):
@@ -191,17 +193,35 @@ def test_an_earlier_runs_checkpoint_is_kept(trained, cache, tmp_path):
     assert not same(kept["model"], read_state(tmp_path / "run")["model"])
 
 
-@pytest.mark.parametrize("script, run", [(pretrain, "pretrained"), (train, "trained")])
-def test_resuming_on_other_faces_is_refused(script, run, request, cache, tmp_path):
-    shutil.copytree(request.getfixturevalue(run), tmp_path / "run")
-    state = read_state(tmp_path / "run")
-    config = pretrain.Run({"out": str(tmp_path / "run")}, 0, 1, torch.device("cpu"))
+def changed(run, path, **what):
+    """A copy of a run whose last.pt holds other things; its folder, as text."""
+    shutil.copytree(run, path)
+    torch.save({**read_state(path), **what}, path / "last.pt")
+    return str(path)
+
+
+def test_going_on_with_or_judging_by_other_faces_is_refused(pretrained, trained, cache, tmp_path):
     faces = load_faces("toy", None, "train", 16, cache=cache)
-    pretrain.same_faces(config, state, faces)
+    run, state = pretrain.Run({"out": str(trained)}, 0, 1, CPU), read_state(trained)
+    pretrain.same_faces(run, state, faces)
     faces.names[0] = "another"
-    with pytest.raises(InputError, match="its training faces are not those of this data set"):
-        pretrain.same_faces(config, state, faces)
-    assert "same_faces(run, saved, faces)" in (ROOT / f"{script.__name__}.py").read_text()
+    with pytest.raises(InputError, match=OTHER_FACES):
+        pretrain.same_faces(run, state, faces)
+    for script, run, flags in ((pretrain, pretrained, "--decoder-dim 8 --decoder-heads 2"),
+                               (train, trained, f"--init {pretrained} --warmup-revision 1 "
+                                                "--threshold 0.02")):
+        folder = changed(run, tmp_path / script.__name__, faces="others")
+        with pytest.raises(InputError, match=OTHER_FACES):
+            script.main([*TINY, *flags.split(), "--cache", str(cache), "--out", folder,
+                         "--resume"])
+    with pytest.raises(InputError, match=OTHER_FACES):
+        evaluate.evaluate(tmp_path / "train", "test", {"device": "cpu"})
+
+
+def test_a_run_of_other_classes_is_not_judged(trained, tmp_path):
+    folder = changed(trained, tmp_path / "run", classes=list("abcdefg"))
+    with pytest.raises(InputError, match="trained on the classes a, b"):
+        evaluate.load_run(folder, {"device": "cpu"})
 
 
 def test_resuming_with_other_settings_is_refused_with_the_differences(trained, cache, tmp_path):

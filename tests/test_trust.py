@@ -13,11 +13,10 @@ import torch
 
 import pretrain
 import train
-from conftest import ROOT, TINY, flags_for, read_log, read_state, run_script
+from conftest import CPU, ROOT, TINY, flags_for, read_log, read_state, run_script
 from datasets import InputError
-from hog import hog_targets
-from pll import (cc_loss, contrastive_loss, lw_loss, lw_weights, pll_loss, rc_update, simplex,
-                 target_loss, top2, uniform_loss)
+from pll import (cc_loss, contrastive_loss, lw_loss, lw_weights, pll_loss, rc_update, revise,
+                 simplex, target_loss, top2, uniform_loss)
 from test_train import same
 
 DECODER = ["--decoder-dim", "8", "--decoder-heads", "2"]
@@ -355,23 +354,40 @@ def test_a_step_that_the_scaler_leaves_out_does_not_spoil_c(tmp_path, cache, mon
     torch.testing.assert_close(C.sum(1), torch.ones(len(C)))
 
 
-def test_losses_and_hog_are_fp32_under_autocast():
+def test_losses_are_fp32_under_autocast_and_of_16_bit_logits():
     torch.manual_seed(0)
     logits, sets = torch.randn(6, 5), torch.eye(5, dtype=torch.bool)[[0, 1, 2, 3, 4, 0]]
     sets[:, 2] = True
     soft, q = sets / sets.sum(1, keepdim=True), torch.nn.functional.normalize(torch.randn(6, 8))
     values = {
-        "hog": lambda x: hog_targets(torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16), 8),
-        "Eq. 2": lambda x: pll_loss(x, soft), "Eq. 3": lambda x: uniform_loss(q, 0.07),
-        "targets": lambda x: target_loss(q[:5], simplex(5, 8)),
-        "Eq. 4": lambda x: top2(soft, x)[0], "rc": lambda x: rc_update(x, sets),
-        "cc": lambda x: cc_loss(x, sets), "lw": lambda x: lw_loss(x, sets, lw_weights(x, sets)),
-        "pico": lambda x: contrastive_loss(q, q, torch.eye(6, dtype=torch.bool))}
+        "Eq. 2": lambda x: pll_loss(x, soft), "Eq. 3": lambda x: uniform_loss(x, 0.07),
+        "targets": lambda x: target_loss(x[:5], simplex(5, 5)),
+        "Eq. 4": lambda x: top2(soft, x)[0], "Eq. 5": lambda x: revise(soft, x, 0.1),
+        "rc": lambda x: rc_update(x, sets), "cc": lambda x: cc_loss(x, sets),
+        "lw": lambda x: lw_loss(x, sets, lw_weights(x, sets)),
+        "pico": lambda x: contrastive_loss(x, x, torch.eye(6, dtype=torch.bool))}
+    rounded = logits.bfloat16()
     for name, value in values.items():
-        outside = value(logits)
+        outside, of_rounded = value(logits), value(rounded.float())
+        assert outside.dtype == torch.float32 and value(rounded).equal(of_rounded), name
         with torch.autocast("cpu", torch.bfloat16):
-            assert value(logits).equal(outside) and outside.dtype == torch.float32, name
-            assert value(logits.bfloat16()).dtype == torch.float32, name
+            assert value(logits).equal(outside) and value(rounded).equal(of_rounded), name
+
+
+def test_a_signal_in_the_last_step_finds_the_run_finished(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(pretrain, "update", at_step(30, lambda: os.kill(os.getpid(),
+                                                                        signal.SIGTERM)))
+    train.main(flags_of(["--init", "none"], tmp_path, cache))        # `Stopped` is not raised
+    assert read_state(tmp_path)["step"] == 32 and len(read_log(tmp_path)) == 4
+
+
+def test_a_resumed_run_keeps_the_scale_of_fp16():
+    model, scaler = torch.nn.Linear(2, 1), torch.amp.GradScaler("cpu", 8.0)
+    optimizer, fresh = torch.optim.AdamW(model.parameters()), torch.amp.GradScaler("cpu")
+    saved = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=3, log=[],
+                 scaler=scaler.state_dict(), sums={})
+    pretrain.restore(pretrain.Run(dict(out="x"), 0, 1, CPU), saved, model, optimizer, fresh)
+    assert fresh.get_scale() == 8
 
 
 def test_deterministic_asks_torch_for_it(tmp_path, cache, monkeypatch):
@@ -390,9 +406,8 @@ def test_deterministic_asks_torch_for_it(tmp_path, cache, monkeypatch):
 def test_every_operation_has_a_deterministic_form(method, tmp_path, cache):
     """Under the strict switch an operation without one would raise, as far as the CPU can tell."""
     try:
-        train.main(flags_for(method, tmp_path, cache, "--init", "none", "--epochs", "1",
-                             "--deterministic"))
-        assert torch.are_deterministic_algorithms_enabled() and read_state(tmp_path)["step"] == 8
+        train.main(flags_for(method, tmp_path, cache, "--init", "none", "--deterministic"))
+        assert torch.are_deterministic_algorithms_enabled() and read_state(tmp_path)["step"] == 16
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -1,11 +1,14 @@
 """vit.py: against torchvision's ViT, and the properties that masked pre-training relies on."""
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torchvision.models import vision_transformer as tv
 
+from decoder import LabelDecoder
 from vit import (Block, LinearOfGELU, ViT, drop_path, from_torchvision, interpolate_positions,
-                 patchify, take, unpatchify)
+                 patchify, take, unpatchify, wave_positions)
 
 SMALL = dict(image_size=32, patch_size=8, dim=24, depth=3, heads=3)
 
@@ -138,3 +141,29 @@ def test_drop_path_drops_each_branch_by_itself():
     x = torch.randn(1, 3, 8).expand(400, -1, -1)
     kinds = Block(8, 2, drop_path_rate=0.5)(x).detach().mul(1e3).round().unique(dim=0)
     assert len(kinds) == 4                                 # with both, either and neither branch
+
+
+def test_a_block_drops_nothing_in_evaluation():
+    torch.manual_seed(0)
+    block, x = Block(8, 2, drop_path_rate=0.5).eval(), torch.randn(50, 3, 8)
+    y = x + block.attn(block.norm1(x))
+    assert block(x).equal(y + block.mlp(block.norm2(y)))
+
+
+def test_waves_of_the_positions_one_number_at_a_time():
+    """For patch (row, column): sine, cosine of column / 10,000^(i/2), then of the row's."""
+    waves = wave_positions(8, 3)[0]
+    assert waves[0].eq(0).all()                                      # the class token has no place
+    for n in range(9):
+        for i in range(2):
+            row, column = n // 3 / 10_000 ** (i / 2), n % 3 / 10_000 ** (i / 2)
+            assert waves[1 + n, i::2].tolist() == pytest.approx(
+                [math.sin(column), math.cos(column), math.sin(row), math.cos(row)], abs=1e-6)
+
+
+def test_linear_layers_start_as_glorot_and_bengio_have_it():
+    torch.manual_seed(0)
+    for model in (ViT(**SMALL), LabelDecoder(24, 7, 3)):
+        for layer in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
+            bound = math.sqrt(6 / sum(layer.weight.shape))
+            assert 0.9 * bound < layer.weight.abs().max() <= bound and layer.bias.eq(0).all()
