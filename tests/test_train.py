@@ -141,9 +141,15 @@ def test_a_compiled_network_is_the_same_network(tmp_path, cache, monkeypatch):
     assert same(a, b, 1e-6)
 
 
-def test_evaluation_prints_text_and_json_and_is_exact_with_two_processes(trained, cache):
-    text = run_script("evaluate.py", trained).stdout
-    result = json.loads(run_script("evaluate.py", trained, "--json").stdout)
+def as_json(capsys, *flags):
+    """What evaluate.py --json prints."""
+    capsys.readouterr()
+    evaluate.main([*map(str, flags), "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def test_evaluation_prints_text_and_json_and_is_exact_with_two_processes(trained, cache, capsys):
+    text, result = run_script("evaluate.py", trained).stdout, as_json(capsys, trained)
     assert f"accuracy             {result['accuracy']:7.2%}   of 1000 faces" in text
     confusion = torch.tensor(result["confusion"])
     assert confusion.sum() == 1000
@@ -168,7 +174,7 @@ def test_evaluation_prints_text_and_json_and_is_exact_with_two_processes(trained
     assert result["majority_class_rate"] == confusion.sum(1).max().item() / 1000
     two = json.loads(run_script("evaluate.py", trained, "--json", processes=2).stdout)
     assert two["confusion"] == result["confusion"]
-    val = json.loads(run_script("evaluate.py", trained, "--json", "--split", "val").stdout)
+    val = as_json(capsys, trained, "--split", "val")
     assert val["accuracy"] == pytest.approx(read_log(trained)[-1]["val_accuracy"])
 
 

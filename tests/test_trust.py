@@ -73,9 +73,10 @@ def test_a_stage_stopped_in_mid_epoch_and_resumed_is_the_same(script, flags, tmp
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", train.METHODS)
+@pytest.mark.parametrize("method", [m for m in train.METHODS if m not in ("rc", "cc", "lw")])
 def test_a_method_stopped_in_mid_epoch_and_resumed_is_the_same(method, method_run, tmp_path, cache,
                                                               monkeypatch):
+    """The three are slow: their losses are here on the ViT, ResNet-18 with pico, resnet18-pll."""
     stop_and_resume(train, flags_for(method, tmp_path / "parts", cache), 9, monkeypatch)
     assert_same_run(tmp_path / "parts", method_run(method))
 
