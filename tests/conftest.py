@@ -66,6 +66,14 @@ def flags_for(method, out, cache, *more):
             *([] if row.get("init") == "imagenet" else ["--init", "none"]), *map(str, more)]
 
 
+def given_to_fit(script, flags, out, cache, monkeypatch):
+    """What the command line of a stage, pretrain or train, gives to `fit`."""
+    calls = []
+    monkeypatch.setattr(script, "fit", lambda *args, **how: calls.append(args))
+    script.main([*TINY, *flags, "--out", str(out), "--cache", str(cache)])
+    return calls[0]
+
+
 def shown_accuracy():
     """What the README shows of the first command: the toy's accuracy, 0 .. 1."""
     shown = re.search(r"accuracy +(\d+\.\d+)% +of 1000 faces", (ROOT / "README.md").read_text())

@@ -2,7 +2,6 @@
 import csv
 import json
 import os
-import pathlib
 import shutil
 
 import numpy as np
@@ -14,12 +13,11 @@ from PIL import Image, ImageOps
 import datasets
 import evaluate
 import train
-from conftest import TINY
+from conftest import ROOT, TINY
 from datasets import (DATA, PROTOTYPES, TEMPLATE, Faces, InputError, align, augment, five_points,
                       hold_out, listing, load_faces, prepare, read_image, similarity, toy_sample,
                       voted_label)
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 REAL = next((folder for folder in (ROOT.parent / "shared/ferplus", ROOT / "data/ferplus")
              if (folder / "FER2013Train").is_dir()), None)
 real = pytest.mark.skipif(REAL is None, reason="FERPlus's folders are not in data/ferplus")

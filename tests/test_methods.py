@@ -384,14 +384,20 @@ def test_what_the_rivals_minimise_and_what_they_keep_for_the_next_visit():
     assert after.equal(lw_weights(logits, candidates))
 
 
-def test_picos_step_is_its_parts_in_their_order(cache, monkeypatch):
+def pico_before_its_first_step(cache, flags):
+    """What `train.pico` is given, on the toy's val: run, model, faces, table, state."""
     torch.manual_seed(0)
-    flags = "--method pico-vit --init none --batch-size 500 --epochs 3 --warmup-revision 1"
+    flags = f"--method pico-vit --init none --batch-size 500 {flags}"
     c = train.parse([*TINY, *flags.split(), "--cache", str(cache)])
     run, faces = Run(c, 0, 1, CPU), load_faces("toy", None, "val", 16, cache=cache)
-    model, table, views = train.build_model(c), train.confidence_table(run, faces, None), []
-    state = train.pico_state(run, model, None)
-    sets, start = table["candidates"], table["confidence"].clone()
+    model, table = train.build_model(c), train.confidence_table(run, faces, None)
+    return run, model, faces, table, train.pico_state(run, model, None)
+
+
+def test_picos_step_is_its_parts_in_their_order(cache, monkeypatch):
+    given = pico_before_its_first_step(cache, "--epochs 3 --warmup-revision 1")
+    _, model, faces, table, state = given
+    sets, start, views = table["candidates"], table["confidence"].clone(), []
     old = state["prototypes"] = F.normalize(torch.randn(7, 128), dim=1)
     for key in state["key_model"].parameters():
         key.data.zero_()
@@ -402,7 +408,7 @@ def test_picos_step_is_its_parts_in_their_order(cache, monkeypatch):
 
     augment, indices = train.augment, torch.arange(500)
     monkeypatch.setattr(train, "augment", watch)
-    loss, numbers = train.pico(run, model, faces, table, state)(model, faces[indices], indices, 1)
+    loss, numbers = train.pico(*given)(model, faces[indices], indices, 1)
     assert loss.item() == pytest.approx((numbers["pll"] + 0.5 * numbers["contrastive"]).item())
     assert not views[0].equal(views[1])
     for key, query in zip(state["key_model"].parameters(), model.parameters()):
@@ -420,16 +426,13 @@ def test_picos_step_is_its_parts_in_their_order(cache, monkeypatch):
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_picos_losses_and_when_its_prototypes_begin_to_act(epoch, cache):
     """Before the warm-up's end a face's only positive is its other view, and C stays."""
-    torch.manual_seed(0)
-    flags = "--method pico-vit --init none --batch-size 500 --epochs 3 --warmup-revision 1"
-    c = train.parse([*TINY, *flags.split(), "--cache", str(cache)])
-    run, faces = Run(c, 0, 1, CPU), load_faces("toy", None, "val", 16, cache=cache)
-    model, table, made = train.build_model(c), train.confidence_table(run, faces, None), []
-    state, start = train.pico_state(run, model, None), table["confidence"].clone()
+    given = pico_before_its_first_step(cache, "--epochs 3 --warmup-revision 1")
+    _, model, faces, table, state = given
+    start, made = table["confidence"].clone(), []
     state["queue_labels"] = torch.arange(1024) % 7
     queue, queue_labels = state["queue"].clone(), state["queue_labels"].clone()
     rows = torch.arange(500)
-    _, numbers = train.pico(run, model, faces, table, state)(
+    _, numbers = train.pico(*given)(
         lambda images: (made.append(model(images)), made[-1])[1], faces[rows], rows, epoch)
     logits, q = made[0]
     torch.testing.assert_close(q.norm(dim=1), torch.ones(500))
@@ -446,17 +449,13 @@ def test_picos_losses_and_when_its_prototypes_begin_to_act(epoch, cache):
 
 def test_a_step_whose_features_are_not_finite_leaves_picos_memory_alone(cache, monkeypatch):
     """As one in fp16 may be, which the scaler leaves out."""
-    flags = "--method pico-vit --init none --batch-size 500 --warmup-revision 0"
-    c = train.parse([*TINY, *flags.split(), "--cache", str(cache)])
-    run, faces = Run(c, 0, 1, CPU), load_faces("toy", None, "val", 16, cache=cache)
-    model, table = train.build_model(c), train.confidence_table(run, faces, None)
-    state = train.pico_state(run, model, None)
+    given = pico_before_its_first_step(cache, "--warmup-revision 0")
+    _, model, faces, table, state = given
     monkeypatch.setattr(train, "share_rows", lambda run, indices, rows: (
         indices, rows * float("inf") if rows.is_floating_point() else rows))
     names = ("prototypes", "queue", "queue_labels")
     before = [table["confidence"].clone(), *(state[name].clone() for name in names)]
-    train.pico(run, model, faces, table, state)(model, faces[torch.arange(500)],
-                                                torch.arange(500), 0)
+    train.pico(*given)(model, faces[torch.arange(500)], torch.arange(500), 0)
     for old, new in zip(before, [table["confidence"], *(state[name] for name in names)]):
         assert new.equal(old)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pretrain
-from conftest import TINY
+from conftest import given_to_fit
 from datasets import InputError
 from hog import hog_targets
 from pretrain import (MaskedModel, block_mask, draw_masks, learning_rate, load_checkpoint,
@@ -207,17 +207,10 @@ def test_neighbouring_steps_share_no_masks_of_blocks():
     assert not now[:-1].equal(before[1:])
 
 
-def given_to_fit(flags, tmp_path, cache, monkeypatch):
-    """What the command line of pretrain.py gives to `fit`."""
-    calls = []
-    monkeypatch.setattr(pretrain, "fit", lambda *args, **how: calls.append(args))
-    pretrain.main([*TINY, *flags, "--out", str(tmp_path), "--cache", str(cache)])
-    return calls[0]
-
-
 def test_a_step_of_pre_training_predicts_what_it_hides(tmp_path, cache, monkeypatch):
     flags = "--seed 3 --weight-decay 0.1 --decoder-dim 8 --decoder-heads 2".split()
-    _, model, optimizer, faces, step_loss, _ = given_to_fit(flags, tmp_path, cache, monkeypatch)
+    _, model, optimizer, faces, step_loss, _ = given_to_fit(pretrain, flags, tmp_path, cache,
+                                                            monkeypatch)
     asked, rows = [], torch.arange(250)
     loss, _ = step_loss(lambda *x: (asked.append(x), model(*x))[1], faces[rows], rows, 5)
     images, mask = asked[0]
@@ -228,6 +221,6 @@ def test_a_step_of_pre_training_predicts_what_it_hides(tmp_path, cache, monkeypa
 
 
 def test_the_encoder_and_the_seed_reach_the_masked_model(tmp_path, cache, monkeypatch):
-    one, two = (given_to_fit(["--encoder", "maskfeat", "--seed", seed], tmp_path, cache,
+    one, two = (given_to_fit(pretrain, ["--encoder", "maskfeat", "--seed", seed], tmp_path, cache,
                              monkeypatch)[1] for seed in "01")
     assert one.kind == "maskfeat" and not one.predict.weight.equal(two.predict.weight)

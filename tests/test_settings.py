@@ -7,7 +7,7 @@ import torch
 import datasets
 import pretrain
 import train
-from conftest import CPU, TINY, faces_with, flags_for, read_state
+from conftest import CPU, TINY, faces_with, flags_for, given_to_fit, read_state
 from datasets import load_faces
 from pll import candidates_from_votes
 from pretrain import Run, batches, learning_rate, uniforms
@@ -83,12 +83,9 @@ def test_masks_and_crops_of_pre_training_are_those_asked_for(tmp_path, cache, mo
 
 
 def test_settings_reach_the_model_the_optimizer_and_the_sets(tmp_path, cache, monkeypatch):
-    caught = []
-    monkeypatch.setattr(train, "fit", lambda *args: caught.append(args))
     flags = "--init none --drop-path 0.2 --decoder-layers 3 --weight-decay 0.1 --min-votes 2"
-    for seed in "01":
-        train.main([*TINY, *flags.split(), "--seed", seed, "--out", str(tmp_path), "--cache",
-                    str(cache)])
+    caught = [given_to_fit(train, [*flags.split(), "--seed", seed], tmp_path, cache, monkeypatch)
+              for seed in "01"]
     _, model, optimizer, faces, _, _, extra, _ = caught[1]
     assert type(optimizer) is torch.optim.AdamW
     assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, 0.1}

@@ -359,7 +359,7 @@ def test_losses_are_fp32_under_autocast_and_of_16_bit_logits():
     torch.manual_seed(0)
     logits, sets = torch.randn(6, 5), torch.eye(5, dtype=torch.bool)[[0, 1, 2, 3, 4, 0]]
     sets[:, 2] = True
-    soft, q = sets / sets.sum(1, keepdim=True), torch.nn.functional.normalize(torch.randn(6, 8))
+    soft = sets / sets.sum(1, keepdim=True)
     values = {
         "Eq. 2": lambda x: pll_loss(x, soft), "Eq. 3": lambda x: uniform_loss(x, 0.07),
         "targets": lambda x: target_loss(x[:5], simplex(5, 5)),
