@@ -600,6 +600,24 @@ def require_split(data, split):
         raise InputError(f"{data} has no {split} split; it has {', '.join(DATA[data]['counts'])}")
 
 
+def data_flags(parser):
+    """The flags of a command line that say what is read."""
+    add = parser.add_argument
+    add("--data", default="toy", choices=DATA, help="data set (%(default)s)")
+    add("--data-dir", help="its folder (data/DATA)")
+    add("--labels", choices=("argmax", "majority"), help="FERPlus: votes to label (argmax)")
+    add("--align", choices=("points", "given"),
+        help="RAF-DB: align by the five points, or take its own aligned images (points)")
+
+
+def settle_flags(flags):
+    """Give --labels and --align their defaults, in place; InputError where they change nothing."""
+    for name, default, data in (("labels", "argmax", "ferplus"), ("align", "points", "raf")):
+        if flags[name] is not None and flags["data"] != data:
+            raise InputError(f"--{name}: has no effect unless data is {data}; leave it out")
+        flags[name] = flags[name] or default
+
+
 def listing(data, data_dir, split, convention="argmax", partial=False, align_by="points"):
     """The `Listing` of a split of a data set, or an InputError."""
     require_split(data, split)
@@ -888,14 +906,11 @@ def main(argv=None):
     """Check a data set; draw a contact sheet of one split and the statistics of all."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--data", choices=DATA, default="toy", help="data set (%(default)s)")
-    add("--data-dir", help="its folder (data/DATA)")
+    data_flags(parser)
     add("--split", default="train", choices=("train", "val", "test"), help="of the contact sheet")
-    add("--labels", default="argmax", choices=("argmax", "majority"), help="votes to label")
-    add("--align", default="points", choices=("points", "given"),
-        help="RAF-DB: align by the five points, or take its own aligned images")
     add("--out", help="where the contact sheet goes (runs/DATA-SPLIT.png)")
     args = parser.parse_args(argv)
+    settle_flags(vars(args))
     out = Path(args.out or f"runs/{args.data}-{args.split}.png")
     require_split(args.data, args.split)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):

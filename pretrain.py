@@ -43,7 +43,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets import DATA, InputError, augment, load_faces, prepare, to_picture
+from datasets import (InputError, augment, data_flags, load_faces, prepare, settle_flags,
+                      to_picture)
 from hog import from_patches, glyphs, hog_targets
 from vit import Block, ViT, initialise, patchify, unpatchify, wave_positions
 
@@ -292,8 +293,7 @@ def make_parser(description, settings):
     """Flags of both stages, and one flag for each setting of the table."""
     parser = argparse.ArgumentParser(description=description.split("\n")[0])
     add = parser.add_argument
-    add("--data", default="toy", choices=DATA, help="data set (%(default)s)")
-    add("--data-dir", help="its folder (data/DATA)")
+    data_flags(parser)
     add("--scale", choices=("paper", "laptop"), help="preset (toy: laptop, others: paper)")
     add("--out", help="run folder (runs/STAGE-DATA)")
     add("--seed", type=int, default=0, help="seed of everything random (%(default)s)")
@@ -301,10 +301,7 @@ def make_parser(description, settings):
     add("--device", help="cpu, cuda or cuda:N (cuda if there is one)")
     add("--deterministic", action="store_true", help="the same bits on CUDA too, more slowly")
     add("--resume", action="store_true", help="go on from the run folder's last.pt")
-    add("--labels", choices=("argmax", "majority"), help="FERPlus: votes to label (argmax)")
     add("--partial", action="store_true", help="accept a data set of unofficial size")
-    add("--align", choices=("points", "given"),
-        help="RAF-DB: align by the five points, or take its own aligned images (points)")
     add("--accumulate", type=int, default=1, help="parts a process's share of a batch is computed "
         "in, for less memory (%(default)s)")
     add("--compile", action="store_true", help="torch.compile the network (needs a C++ compiler)")
@@ -341,9 +338,7 @@ def resolve(args, settings, stage, overrides=None):
     for name, low, high in (("seed", 0, 2**32), ("workers", 0, 1000), ("accumulate", 1, 100_000)):
         if not low <= config[name] <= high:
             raise InputError(f"--{name} {config[name]}: give a number from {low} to {high}")
-    for name, default, data in (("labels", "argmax", "ferplus"), ("align", "points", "raf")):
-        refuse_idle(config, config, [(name, lambda c: c["data"] == data, f"data is {data}")])
-        config[name] = config[name] or default
+    settle_flags(config)
     for name, (paper, _, low, high, _) in settings.items():
         if config[name] is None:
             column = 0 if config["scale"] == "paper" else 1

@@ -253,6 +253,9 @@ def test_memory_map_is_kept_until_a_source_or_the_alignment_changes(tmp_path, mo
 
 @pytest.mark.parametrize("flags, message", [
     (["--data", "raf", "--split", "val"], "raf has no val split; it has train, test"),
+    (["--labels", "majority"], "--labels: has no effect unless data is ferplus; leave it out"),
+    (["--data", "ferplus", "--align", "given"],
+     "--align: has no effect unless data is raf; leave it out"),
     (["--out", "sheet"], "--out sheet: name a .png or .jpg file"),
     (["--out", "file/a/sheet.png"], "--out file/a/sheet.png: cannot be written (Not a directory)")])
 def test_what_cannot_be_drawn_is_told_before_the_faces_are_read(flags, message, tmp_path,
