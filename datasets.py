@@ -53,7 +53,8 @@ FERPLUS = "neutral happiness surprise sadness anger disgust fear contempt".split
 RAF = "surprise fear disgust happiness sadness anger neutral".split()
 # data: class names in the official order; stored side in pixels, channels; official counts of each
 # split (FERPlus: rows of its csv; AffectNet: a class, its training counts differ by release);
-# mean and standard deviation of a channel, pixels in 0 .. 1.
+# mean and standard deviation of a channel, pixels in 0 .. 1. Another data set needs an entry here,
+# a layout in TREES and a reader in `listing`.
 DATA = {
     "toy": dict(classes=AFFECTNET[:7], side=96, channels=3, mean=IMAGENET_MEAN, std=IMAGENET_STD,
                 counts=dict(train=2000, val=500, test=1000)),
@@ -205,7 +206,7 @@ def number(text, where, low=0, high=math.inf, whole=True):
         value = float(text)
     except (TypeError, ValueError):
         value = math.nan
-    if not low <= value <= high or (whole and not value.is_integer()):
+    if not (low <= value <= high and math.isfinite(value)) or (whole and not value.is_integer()):
         kind = "a whole number" if whole else "a number"
         limits = f"from {low}" + ("" if high == math.inf else f" to {high}")
         raise InputError(f"{where}: {text!r} is not {kind} {limits}; correct the row")
@@ -249,7 +250,7 @@ def layout_error(data, data_dir, found):
 
 
 def voted_label(votes, classes, convention):
-    """The crowd's label (Fig. 1: "voting") from the counts of all columns (`classes` real first).
+    """The crowd's label (Fig. 1: "voting"): of the columns of votes the first `classes` are labels.
 
     None if there is no such label. "argmax": the most voted class, the first of several; None if
     another column (unknown, no face) has as many votes. "majority" (FER+): columns with a single
@@ -332,6 +333,25 @@ def list_ferplus(root, split, convention, partial):
                    notes=notes)
 
 
+def raf_labels(table, split):
+    """Name -> label of a split, in the order of RAF-DB's list."""
+    labels = {}
+    for where, parts in read_rows(table):
+        if len(parts) != 2:
+            raise InputError(f"{where}: {' '.join(parts)!r} is not a name and a class number; "
+                             "correct the row")
+        name = parts[0]
+        inside(table, name, where)
+        if name in labels:
+            raise InputError(f"{where}: {name} is listed twice; remove one row")
+        if not name.startswith(("train_", "test_")):
+            raise InputError(f"{where}: {name!r} begins with neither train_ nor test_; rename the "
+                             "file and correct the row")
+        if name.startswith(split + "_"):
+            labels[name] = number(parts[1], where, 1, 7) - 1
+    return labels
+
+
 def list_raf(root, split, align_by, partial):
     """RAF-DB basic: the originals aligned by the five manual points, or its own aligned images."""
     root = root / "basic" if (root / "basic").is_dir() else root
@@ -344,16 +364,7 @@ def list_raf(root, split, align_by, partial):
     if given and not aligned.is_dir():
         raise layout_error("raf", root, "there is no Image/aligned, and no Image/original with "
                            "Annotation/manual")
-    labels = {}
-    for where, parts in read_rows(table):
-        if len(parts) != 2:
-            raise InputError(f"{where}: {' '.join(parts)!r} is not a name and a class number; "
-                             "correct the row")
-        inside(root, parts[0], where)
-        if parts[0] in labels:
-            raise InputError(f"{where}: {parts[0]} is listed twice; remove one row")
-        if parts[0].startswith(split + "_"):
-            labels[parts[0]] = number(parts[1], where, 1, 7) - 1
+    labels = raf_labels(table, split)
     check_count("raf", split, len(labels), partial, table)
     names, votes = list(labels), None
     if share.exists():
@@ -447,7 +458,7 @@ def check_count(data, split, found, partial, where):
 # the raised brows, wide eyes and open mouth of surprise; disgust the lowered brows of anger.
 UNITS = ("inner brow up", "outer brow up", "brow lowered", "upper lid up", "lids tight",
          "nose wrinkled", "upper lip up", "corners up", "corners down", "lips stretched",
-         "lips pressed", "jaw dropped")
+         "lips tightened", "jaw dropped")
 PROTOTYPES = np.array([
     #  1    2    4    5    7    9   10   12   15   20   23   26      numbers of the action units
     [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],  # neutral
@@ -574,22 +585,21 @@ def toy_face(units, rng, side):
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def list_toy(split, convention):
+def list_toy(split):
     """The toy: drawn faces, with ten simulated annotators; as many as DATA says."""
     samples = [toy_sample(split, i) for i in range(DATA["toy"]["counts"][split])]
-    labels = [voted_label(s[2], 7, convention) for s in samples]
-    kept = [i for i, label in enumerate(labels) if label is not None]
+    truth, _, votes, _ = zip(*samples)
+    labels = [voted_label(v, 7, "argmax") for v in votes]
 
-    def read(j, side):
-        truth, units, votes, rng = toy_sample(split, kept[j])
+    def read(i, side):
+        _, units, _, rng = toy_sample(split, i)
         return to_array(toy_face(units, rng, side), side)
 
-    truth = [samples[i][0] for i in kept]
-    wrong = sum(labels[i] != samples[i][0] for i in kept)
-    notes = [f"{len(kept)} faces of {len(samples)} drawn; the crowd's {convention} label is not "
-             f"what was drawn for {wrong} of them"]
-    return Listing([f"{split}_{i:05d}" for i in kept], [labels[i] for i in kept], read,
-                   [samples[i][2] for i in kept], truth, [Path(__file__)], notes)
+    wrong = sum(label != drawn for label, drawn in zip(labels, truth))
+    notes = [f"{len(samples)} faces drawn; the crowd's argmax label is not what was drawn for "
+             f"{wrong} of them"]
+    return Listing([f"{split}_{i:05d}" for i in range(len(samples))], labels, read, list(votes),
+                   list(truth), [Path(__file__)], notes)
 
 
 # ---------------------------------------------------------------------------------------- loading
@@ -622,7 +632,7 @@ def listing(data, data_dir, split, convention="argmax", partial=False, align_by=
     """The `Listing` of a split of a data set, or an InputError."""
     require_split(data, split)
     if data == "toy":
-        return list_toy(split, convention)
+        return list_toy(split)
     root = Path(data_dir or f"data/{data}")
     if not root.is_dir():
         raise layout_error(data, root, "there is no such folder (--data-dir)")
@@ -640,13 +650,14 @@ def listing(data, data_dir, split, convention="argmax", partial=False, align_by=
 def memory_map(found, data, split, side, cache):
     """All images of a listing as a read-only uint8 array (n, C, side, side) on disk, built once.
 
-    The file's name holds a digest of the names, sizes and times of the sources and of the code that
-    reads and aligns images, so that what changed is read again; old files may be deleted. It is
-    written beside and renamed: a half-built file is never used.
+    The file's name holds a digest of its shape, of the names, sizes and times of the sources and of
+    the code that reads and aligns images, so that what changed is read again; old files may be
+    deleted. It is written beside and renamed: a half-built file is never used.
     """
-    code = "".join(map(inspect.getsource, (read_image, to_array, similarity, align, five_points,
-                                           kaggle_image)))
-    digest = hashlib.sha256(repr((data, split, side, found.names, TEMPLATE.tolist(),
+    code = "".join(map(inspect.getsource, (found.read, read_image, to_array, similarity, align,
+                                           five_points, kaggle_image)))
+    shape = len(found.names), DATA[data]["channels"], side, side
+    digest = hashlib.sha256(repr((data, split, shape, found.names, TEMPLATE.tolist(),
                                   code)).encode())
     try:
         for source in found.sources:
@@ -654,10 +665,13 @@ def memory_map(found, data, split, side, cache):
             digest.update(f"{source} {status.st_size} {status.st_mtime_ns}".encode())
     except FileNotFoundError:
         raise InputError(f"{source}: no such file; is the data set unpacked completely?") from None
+    except (OSError, ValueError) as error:
+        why = error.args[-1]                             # a name that no file can have
+        raise InputError(f"{source}: cannot be a file ({why}); correct its row") from None
     path = Path(cache) / f"{data}-{split}-{side}-{digest.hexdigest()[:12]}.npy"
     if not path.exists():
         try:
-            build_memory_map(path, found, (len(found.names), DATA[data]["channels"], side, side))
+            build_memory_map(path, found, shape)
         except OSError as error:
             raise InputError(f"--cache {cache}: the memory map of {data} cannot be written "
                              f"({error.strerror or error})") from None
@@ -678,7 +692,8 @@ def build_memory_map(path, found, shape):
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for i in range(0, len(array), 256):           # few at a time: memory stays flat
                 rows = range(i, min(i + 256, len(array)))
-                array[i:i + 256] = list(pool.map(lambda j: found.read(j, shape[-1]), rows))
+                faces = np.stack(list(pool.map(lambda j: found.read(j, shape[-1]), rows)))
+                array[i:i + 256] = faces.reshape(len(rows), *shape[1:])   # grey is not made colour
                 bar.update(len(rows))
         array.flush()
         os.replace(partial, path)
@@ -753,9 +768,9 @@ def augment(images, u, size, data, scale=0.5, degrees=0.0, light=0.0, erase=0.0)
 
     images uint8 (B, C, S, S) -> normalised (B, 3, size, size). `u` (B, 12) in [0, 1) holds all that
     is random, a row a face, so that a face is augmented alike however a batch is divided. A crop
-    has an area from `scale` to 1 and sides as 3/4 to 4/3 (MaskFeat) or as the image allows;
-    `degrees`, `light` are the largest rotation and change of brightness and contrast; `erase` is
-    how often a rectangle is replaced by the mean colour (Zhong et al. 2020).
+    has an area from `scale` to 1 and an aspect ratio of 3/4 to 4/3 (MaskFeat), or as near to that
+    as the image allows; `degrees`, `light` are the largest rotation and change of brightness and
+    contrast; `erase` is how often a rectangle is replaced by the mean colour (Zhong et al. 2020).
     """
     spread = lambda k, a: (2 * u[:, k] - 1) * a                    # uniform in -a .. a, (B,)
     area = scale + (1 - scale) * u[:, 0]
@@ -902,6 +917,14 @@ def check(data, data_dir, convention="argmax", align_by="points"):
     return lines, problems, listings
 
 
+def save(picture, path):
+    """Write a PIL picture, or say why it cannot be."""
+    try:
+        picture.save(path)
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot be written ({error.strerror})") from None
+
+
 def main(argv=None):
     """Check a data set; draw a contact sheet of one split and the statistics of all."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -927,11 +950,11 @@ def main(argv=None):
         faces = as_faces(found, args.data, args.split, np.stack(images))
         faces.rows = torch.zeros(len(faces), dtype=torch.long)         # where a face's image is
         faces.rows[readable[:64]] = torch.arange(len(images))
-        contact_sheet(faces, readable[:64]).save(out)
+        save(contact_sheet(faces, readable[:64]), out)
         print(f"contact sheet: {out}")
     if listings:
         chart = out.with_name(f"{args.data}-statistics.png")
-        statistics(args.data, {split: found for split, (found, _) in listings.items()}).save(chart)
+        save(statistics(args.data, {split: f for split, (f, _) in listings.items()}), chart)
         print(f"statistics: {chart}")
     if problems:
         more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []

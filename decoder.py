@@ -6,7 +6,7 @@ Paper: Sec. 3.3 and the right part of Fig. 2; Carion et al. 2020 (DETR) for the 
     symbol  name     shape         meaning
     K       classes                number of labels
     d       dim                    width of a token
-    F       tokens   (B, HW, d)    visual tokens of the encoder
+    F       tokens   (B, HW, d)    visual tokens of the encoder; HW, the paper's, is N of vit.py
     Q       queries  (K, d)        one learnable embedding a label
             x        (B, K, d)     what the labels have gathered so far; starts at zero
             logits   (B, K)        sigma_logits; softmax in Eq. (2), sigmoid in Eq. (4)
@@ -96,7 +96,8 @@ class LabelDecoder(nn.Module):
     def forward(self, tokens, need_attention=False):
         """Logits (B, K); with `need_attention` also each layer's map (B, layers, heads, K, HW).
 
-        In `eval()` mode: dropout in training would change the maps of all layers but the first.
+        Ask for maps in `eval()` mode: dropout, drawn anew for them, would make them others than
+        those that the logits come from.
         """
         x = torch.zeros(len(tokens), *self.queries.shape, dtype=tokens.dtype, device=tokens.device)
         maps = []
@@ -227,12 +228,12 @@ def heat(face, attention, pixels):
     return grey
 
 
-def attention_picture(faces, maps, shares, names, titles, pixels=170):
+def attention_picture(faces, maps, zeta, names, titles, pixels=170):
     """Where each label looks: a row a class, a column a face (Sec. 3.3); PIL RGB.
 
     faces: list of n PIL images; maps (n, layers, heads, K, HW) of `LabelDecoder`, of which the last
-    layer's mean over heads is shown, each map scaled by its own maximum; shares (n, K): the
-    softmax, written into each cell; titles: n lists of lines above the faces.
+    layer's mean over heads is shown, each map scaled by its own maximum; zeta (n, K): the
+    softmax of the logits, written into each cell; titles: n lists of lines above the faces.
     """
     left, gap, top = 150, 10, 100 + pixels
     small, large = ImageFont.load_default(20), ImageFont.load_default(22)
@@ -247,9 +248,9 @@ def attention_picture(faces, maps, shares, names, titles, pixels=170):
         for k, name in enumerate(names):
             y = top + k * (pixels + gap)
             sheet.paste(heat(face, maps[i, k], pixels), (x, y))
-            text = f"{shares[i, k].item():.0%}"
+            text = f"{zeta[i, k].item():.0%}"
             draw.rectangle((x, y, x + 58, y + 28), "white")
-            draw.text((x + 5, y + 3), text, "firebrick" if shares[i, k] == shares[i].max()
+            draw.text((x + 5, y + 3), text, "firebrick" if zeta[i, k] == zeta[i].max()
                       else "black", small)
             if not i:
                 draw.text((left - 12, y + pixels / 2), name, "black", large, anchor="rm")

@@ -8,6 +8,7 @@ Paper: Sec. 4 (the accuracy of its tables). The class is the argmax of the decod
     y       labels     (n,)     the voted label
             shares     (n, K)   the share of the votes that each class got
             confusion  (K, K)   faces of a class (row) that were given a label (column)
+    zeta               (K,)     probabilities, the softmax of a face's logits
 
 Run:  python evaluate.py                                   (the toy's test split)
       python evaluate.py runs/train-ferplus --split val --data-dir DIR --json
@@ -309,6 +310,9 @@ def stored(folder, kept):
                          f"be whole ({error})") from None
     if not log:
         raise InputError(f"{folder}/log.jsonl: holds no epoch; take another run")
+    if config.get("method") not in METHODS or config.get("data") not in DATA:
+        raise InputError(f"{folder}/config.json: method {config.get('method')!r}, data "
+                         f"{config.get('data')!r}: this code has no such row or data set")
     return result, config, log, None
 
 
@@ -330,14 +334,17 @@ def comparable(config):
 def departures(config):
     """Settings in which a run is not what --method alone gives, like ["init none", "lr 0.001"].
 
-    For real data the laptop's preset is one of them; warm-ups that keep their share of the epochs
-    are not.
+    A preset that is not the data's own is one of them, and so is a setting that this code does not
+    know; warm-ups that keep their share of the epochs, and a setting that the run does not know as
+    its code was older, are not.
     """
     flags = ["--method", config["method"], "--data", config["data"], "--scale", config["scale"]]
     alone = parse([*flags, "--epochs", str(config["epochs"])])
     mine, alone = comparable(config), {**comparable(alone), "epochs": parse(flags)["epochs"]}
-    scale = ["scale laptop"] * (config["data"] != "toy" and config["scale"] != "paper")
-    return scale + [f"{k} {config[k]}" for k in alone if mine.get(k, alone[k]) != alone[k]]
+    usual = "laptop" if config["data"] == "toy" else "paper"
+    scale = [f"scale {config['scale']}"] * (config["scale"] != usual)
+    return scale + [f"{k} {config[k]}" for k in {**alone, **mine}
+                    if mine.get(k, alone.get(k)) != alone.get(k)]
 
 
 def comparison(results, markdown, columns=COLUMNS, title=""):
@@ -352,7 +359,7 @@ def comparison(results, markdown, columns=COLUMNS, title=""):
     results = [(r, c) for r, c in results if any(key in r for key, _, _ in columns)]
     groups = {}
     for result, config in results:
-        group = groups.setdefault(json.dumps(comparable(config), sort_keys=True), [])
+        group = groups.setdefault((config["data"], config["method"], *departures(config)), [])
         if config["seed"] in [other["seed"] for _, other in group]:
             raise InputError(f"{result.get('run')}: a second run of seed {config['seed']} with the "
                              "same settings; name each run once")
@@ -513,8 +520,8 @@ def attention_of(model, run, images, names, titles, about):
     with autocast(run):
         tokens = model.encoder(x)[:, 1:]                                   # (n, HW, d)
         logits, maps = model.head(tokens, need_attention=True)             # (n, K) and the maps
-    shares = logits.float().softmax(1).cpu()
-    return attention_picture([as_picture(f) for f in images], maps, shares, names, titles)
+    zeta = logits.float().softmax(1).cpu()
+    return attention_picture([as_picture(f) for f in images], maps, zeta, names, titles)
 
 
 def pictures(run, model, state, faces, logits, known, answers):
@@ -615,16 +622,16 @@ def recognise(run, model, state, paths, landmarks, batch_size=64):
             x = torch.stack(list(read.values())).to(run.device)            # (b, C, S, S)
             with torch.no_grad(), autocast(run):
                 logits = model(normalise(resize(x, c["image_size"]), state))
-            shares = dict(zip(read, logits.float().softmax(dim=1).cpu()))  # path -> (K,)
+            zeta = dict(zip(read, logits.float().softmax(dim=1).cpu()))  # path -> (K,)
         for path in paths[i:i + batch_size]:
-            yield (path, shares[path], read[path]) if path in read else (path, None, None)
+            yield (path, zeta[path], read[path]) if path in read else (path, None, None)
             bar.update()
     bar.close()
 
 
-def guessed_set(shares, classes):
+def guessed_set(zeta, classes):
     """The candidate set the model would give: the labels that one of ten people would choose."""
-    return [name for name, share in zip(classes, shares.tolist()) if share >= 0.1]
+    return [name for name, chance in zip(classes, zeta.tolist()) if chance >= 0.1]
 
 
 def recognise_files(args, overrides):
@@ -644,16 +651,16 @@ def recognise_files(args, overrides):
         paths = [Path(p) for p in args.image]
     landmarks = read_landmarks(args.landmarks) if args.landmarks else None
     rows, shown = [], []
-    for path, shares, image in recognise(run, model, state, paths, landmarks):
-        if shares is None:
+    for path, zeta, image in recognise(run, model, state, paths, landmarks):
+        if zeta is None:
             continue
-        label, chosen = classes[shares.argmax()], guessed_set(shares, classes)
-        rows.append([path, label, " ".join(chosen), *(f"{v:.4f}" for v in shares.tolist())])
+        label, chosen = classes[zeta.argmax()], guessed_set(zeta, classes)
+        rows.append([path, label, " ".join(chosen), *(f"{v:.4f}" for v in zeta.tolist())])
         if args.image:
             shown += [(path, image, label)][:8 - len(shown)]
-            order = shares.argsort(descending=True).tolist()
+            order = zeta.argsort(descending=True).tolist()
             say(run, f"{path}\n" + "\n".join(
-                f"  {classes[k]:10s} {shares[k]:6.1%} {'#' * round(40 * shares[k].item())}"
+                f"  {classes[k]:10s} {zeta[k]:6.1%} {'#' * round(40 * zeta[k].item())}"
                 for k in order) + f"\n  candidate set: {', '.join(chosen)}")
     if args.csv or args.folder:
         write_rows(args.csv, ["image", "label", "candidates", *classes], rows)

@@ -5,12 +5,13 @@ form of MaskFeat (Wei et al. 2022): each channel by itself, 9 unsigned orientati
 pixels, every cell normalised by its own length, no blocks.
 
     name        shape                  meaning
-    images      (B, C, H, H)           any scale and offset: the result does not depend on them
+    images      (B, C, H, H)           C channels; any scale and offset, the result is the same
     gx, gy      (B, C, H, H)           Sobel derivatives along x and y
     magnitude   (B, C, H, H)           sqrt(gx^2 + gy^2), the weight of a pixel's vote
     angle       (B, C, H, H)           orientation in bins, atan2(gx, gy) / pi * 9, taken modulo 9
-    histograms  (B, C, 9, H/8, H/8)    length 1 in each cell and channel, or 0 where it is flat
-    targets     (B, N, C*9*(P/8)^2)    the same numbers, patch by patch
+    histograms  (B, C, 9, h, h)        length 1 in each cell and channel, or 0 where it is flat;
+                                       h = H / side of a cell
+    targets     (B, N, C*9*2*2)        the same numbers, patch by patch: 2 x 2 cells in each
 
 With the paper's sizes:  224 pixels -> 28 x 28 cells -> 2 x 2 cells in each of 14 x 14 patches
                          -> 196 targets of 3 * 9 * 2 * 2 = 108 numbers.

@@ -1,18 +1,18 @@
 """Partial-label learning: candidate sets, confidence C, its loss, its revision, and the rivals.
 
-Paper: Sec. 3.1, 3.3.1, 3.3.2, Algorithm 1; then RC, LW and PiCO, its rivals in Table 1, and
-CC, RC's companion.
-Pure functions over a batch; train.py keeps C.
+Paper: Sec. 3.1, 3.3.1, 3.3.2, 4.2; then RC, LW and PiCO, its rivals in Table 1, and CC, RC's
+companion. Pure functions over a batch or the whole training set; train.py keeps C.
 
     symbol     name        shape        meaning
     K          classes                  number of labels
+    B, n                                rows of a batch, faces of the training set
     Y          candidates  (B, K) bool  labels that may be the true one; never empty
     C          confidence  (B, K)       how far each label is believed: >= 0, a row sums to 1
     zeta       softmax of the logits    the classifier's probabilities in Eq. (2)
     phi        sigmoid of the logits    the response in Eq. (4)
     Q, t_i     queries     (K, d)       label queries, and their directions on the unit sphere
     tau        tau                      temperature of Eq. (3)
-    threshold  threshold   in [0, 1)    smallest lead of the first label over the second in Eq. (5)
+    threshold  threshold   in [0, 1)    what the first label's lead must exceed in Eq. (5)
 
 Run:  python pll.py [--out runs/pll.png]    (a picture: the story of one sample's confidence)
       python -m pytest tests/test_pll.py tests/test_equations.py
@@ -243,8 +243,9 @@ def move_prototypes(prototypes, features, labels, momentum=0.99):
 def contrastive_loss(queries, keys, positive, tau=0.07):
     """Supervised contrastive loss of PiCO: queries (B, d), keys (M, d), positive (B, M) bool.
 
-    Mean over queries of the mean over their positives of -log softmax(q . k / tau), in fp32. A
-    query without any positive adds 0 (the published code divides by zero there).
+    Queries are features of faces here, tau is PiCO's own. Mean over queries of the mean over their
+    positives of -log softmax(q . k / tau), in fp32. A query without any positive adds 0 (PiCO has
+    none: a face's own other view is positive).
     """
     with torch.autocast(queries.device.type, enabled=False):
         log_share = (queries.float() @ keys.float().T / tau).log_softmax(dim=1)   # (B, M)

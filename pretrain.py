@@ -1,17 +1,21 @@
 """Stage 1: masked image modelling. A ViT learns faces by predicting the HOG of hidden patches.
 
 Paper: Sec. 3.2 and Fig. 3, settings of Sec. 4.2. The encoder sees the visible patches only (as MAE,
-He et al. 2022), a light decoder predicts the HOG of the masked ones (as MaskFeat, Wei et al. 2022)
-and is discarded afterwards. The middle of the file is what both stages need: settings, processes,
-schedule, checkpoints and the loop over epochs.
+He et al. 2022), a light decoder predicts the HOG of the masked ones (the target of MaskFeat, Wei et
+al. 2022) and is discarded afterwards. The middle of the file is what both stages need: settings,
+processes, schedule, checkpoints and the loop over epochs.
 
     name        shape          meaning
     images      (B, 3, H, H)   an augmented batch
     mask        (B, N) bool    True where a patch is masked; the same number in every row
     keep        (B, V)         indices of the V visible patches, ascending
-    tokens      (B, 1+V, d)    class token and visible tokens after the encoder
+    tokens      (B, 1+V, dim)  class token and visible tokens after the encoder, narrowed to the
+                               decoder's width
     target      (B, N, T)      HOG, T = 108, or normalised pixels, T = 3*P*P
     prediction  (B, N, T)      the decoder's output
+
+B: rows of a batch; b: those of them that this process computes now; C, S: channels and side of the
+faces as they are stored.
 
 Run:  python pretrain.py                                   (the toy, two minutes on two cores)
       torchrun --nproc_per_node=4 pretrain.py --data raf   (the paper's settings)
@@ -96,9 +100,10 @@ def random_mask(batch, grid, count, seed):
 def block_mask(grid, count, rng):
     """Exactly `count` masked patches of one image in rectangles (BEiT, MaskFeat): (N,) bool.
 
-    Rectangles have at least 16 of 196 patches (that share of another grid) and an aspect ratio
-    log-uniform in 0.3 .. 1/0.3; one that would add too many patches or none is tried again, ten
-    times at most. What is then missing is filled with single patches.
+    A rectangle is drawn with at least 16 of 196 patches (that share of another grid) and an aspect
+    ratio log-uniform in 0.3 .. 1/0.3, then its sides are rounded; if it does not fit or adds too
+    many patches or none it is drawn again, ten times at most. What is then missing is filled with
+    single patches.
     """
     mask = np.zeros((grid, grid), dtype=bool)
     smallest = 16 / 196 * grid * grid
@@ -234,7 +239,7 @@ def mean_target(run, faces):
 
 
 def seen_as(values, image, config, pixels):
-    """Targets or predictions of one face (N, T) as a picture beside its image (3, H, H): PIL RGB.
+    """Targets or predictions (N, T) of one face, image (3, H, H), as a picture: PIL RGB.
 
     HOG as glyphs; pixels with the mean and the deviation of the image's own patches put back.
     """
@@ -533,7 +538,8 @@ def parameter_groups(model, weight_decay, depth, layer_decay=1.0):
 
     With layer-wise decay (BEiT, MaskFeat), block i of the encoder has the scale
     layer_decay^(depth - i), the embeddings layer_decay^(depth + 1), and what comes after the blocks
-    1. No weight decay on 1-D parameters (norms, biases), tokens and positions.
+    1, as has all of an encoder that has no `blocks` (ResNet-18). No weight decay on 1-D parameters
+    (norms, biases), tokens and positions.
     """
     groups = {}
     for name, p in model.named_parameters():

@@ -4,11 +4,11 @@ Paper: Sec. 3.3 and Algorithm 1, settings of Sec. 4.2; what the paper leaves to 
 (layer-wise decay, warm-up, drop path) is taken from there.
 
     symbol   name        shape         meaning
-    x_i      images      (B, 3, H, H)  an augmented batch
+    x_i      images      (b, 3, H, H)  this process's part of an augmented batch of B
     Y_i      candidates  (n, K) bool   candidate sets of the whole training set
     C_i      confidence  (n, K)        one row a training face, kept and revised during the run
     Q        queries     (K, d)        label embeddings of the decoder
-             logits      (B, K)        sigma_logits, one a label
+             logits      (b, K)        sigma_logits, one a label
     T_max    epochs                    outer loop, in `pretrain.fit`
     I_max    steps                     inner loop, in `pretrain.train_epoch`; body: `algorithm_1`
 
@@ -55,7 +55,7 @@ SETTINGS = {
     "epochs": (100, 15, 1, 100_000, "epochs"),
     "batch_size": (320, 32, 1, 1_000_000, "faces a step, all processes together"),
     "lr": (1e-4, 3e-4, 0.0, 10.0, "highest learning rate, that of the head"),
-    "layer_decay": (0.65, 1.0, 0.01, 1.0, "factor of the learning rate for each deeper block"),
+    "layer_decay": (0.65, 1.0, 0.01, 1.0, "factor of the learning rate a block away from the head"),
     "warmup_epochs": (20, 2, 0, 100_000, "epochs of linear warm-up"),
     "weight_decay": (0.05, 0.05, 0.0, 10.0, "weight decay of AdamW (not of norms, biases, tokens, "
                      "positions)"),
@@ -81,7 +81,9 @@ SETTINGS = {
 
 _plain = dict(head="linear", uniform_weight=0.0, init="imagenet")
 _mim = dict(head="linear", uniform_weight=0.0)
-# A row of the paper's tables is a line here: the settings in which it differs from the method.
+# A row of the paper's tables is a line here: the settings in which it differs from the method. A
+# loss of your own is a choice in SETTINGS, its start of C in `make_confidence` and its step in
+# `objective`; `NEEDS`, `trivial_answer` and `watcher` say what else differs between losses.
 # Table 1 (rc, lw, pico on ResNet-18 as there, and on the ViT; cc and soft belong beside them), then
 # Table 2, Table 3 and Table 4. With --scale laptop, "imagenet" is "none", random weights.
 METHODS = {
@@ -133,8 +135,8 @@ class LinearHead(nn.Module):
 class ResNet18(nn.Module):
     """torchvision's ResNet-18 without its classifier: (B, 3, H, H) -> tokens (B, 1+HW, 512).
 
-    The first token is the mean of the others, which are the last feature map, so that every head
-    reads it as it reads the ViT.
+    The visual tokens are the last feature map. Their mean stands where the ViT has its class token,
+    which no head reads.
     """
 
     def __init__(self):
@@ -191,7 +193,7 @@ def initial_weights(config, encoder):
 
     "none" leaves the random start; "imagenet" is torchvision's IMAGENET1K_V1 weights; for the ViT a
     path is a checkpoint of pretrain.py (or its folder), whose positions are interpolated if the
-    grid differs; for ResNet-18 it is any checkpoint of that network, as this field passes around.
+    grid differs; for ResNet-18 it is any checkpoint of that network, whatever prefix its keys have.
     """
     if config["init"] == "none":
         return "encoder: random weights"
@@ -232,6 +234,10 @@ def pretrained_weights(config):
                          f"pretrain.py --data {config['data']} --scale {config['scale']}{folder}"
                          f"{target} (or choose --init imagenet or none)")
     state = load_checkpoint(where, "pretrain")
+    missing = [k for k in ("log", "config", "model") if k not in state]
+    if missing or "heads" not in state["config"]:
+        raise InputError(f"{where}: has no {', '.join(missing) or 'heads in its config'}; a "
+                         "pretrain.py checkpoint needs log, config with heads, and model")
     if not state["log"]:
         raise InputError(f"{where}: stopped within its first epoch; go on with pretrain.py "
                          "--resume")
@@ -257,6 +263,9 @@ def resnet_weights(path):
         search += [v for v in state.values() if isinstance(v, dict)]
     else:
         raise InputError(f"{path}: not a ResNet-18 (no key ends with {mark})")
+    if len(prefix) > 1:
+        raise InputError(f"{path}: {len(prefix)} networks (with the prefixes {', '.join(prefix)}); "
+                         "keep one of them")
     own = torchvision.models.resnet18(weights=None).state_dict()
     counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
     found = {k.removeprefix(prefix[0]): v for k, v in state.items() if k.startswith(prefix[0])}
@@ -316,6 +325,7 @@ def share_rows(run, indices, rows):
 
     A face's confidence is one truth: after this, every process writes every row of the step.
     """
+    rows = rows.detach()                                 # C is data: no step learns through it
     if run.world == 1:
         return indices, rows
     all_indices = [torch.empty_like(indices) for _ in range(run.world)]
@@ -374,7 +384,7 @@ def parse(argv):
     if init.startswith("pretrain") and not config["init"]:
         init = f"runs/pretrain-{name}" + init.removeprefix("pretrain")
     if init == "imagenet" and not args.init and config["scale"] == "laptop":
-        init = "none"                                    # of that size there are no such weights
+        init = "none"            # there are none of the ViT's size; ResNet-18 shall start like it
     config["init"] = init
     config["revise"] = row.get("revise", pll) and pll if args.revise is None else args.revise
     refuse_idle(vars(args), config, NEEDS)
@@ -402,7 +412,8 @@ def check_combination(config):
     if (config["revise"] or config["loss"] == "pico") and \
             config["warmup_revision"] == config["epochs"]:
         raise InputError(f"--warmup-revision {config['warmup_revision']}: the run has no more "
-                         "epochs, so it would never act; give less, or --no-revise")
+                         "epochs, so it would never act; give less" +
+                         ", or --no-revise" * config["revise"])
     if config["loss"] == "pico" and config["accumulate"] > 1:
         raise InputError("--accumulate: PiCO's queue and momentum model move once a batch; use "
                          "more processes or a smaller --batch-size")
@@ -455,8 +466,9 @@ def spread(c, head):
 
 
 def objective(c, logits, confidence, candidates, revising):
-    """Loss of a batch and its rows of C for the next visit: (scalar, (B, K)).
+    """Loss of a batch and its rows of C for the next visit: (scalar, (B, K)). It keeps nothing.
 
+    Each step asks it once more what a classifier that ignores the image would lose.
     For "ce" and "soft" C is a constant, the one-hot label or the vote shares; for "lw" it holds the
     weights. The method itself revises C before the loss is computed, as Algorithm 1 says.
     """
@@ -583,10 +595,10 @@ def pico(run, model, faces, table, state):
 
 
 def watcher(run, model, faces, held, table):
-    """What is logged after an epoch: which labels C has come to and how well, accuracy on `held`.
+    """What is logged after an epoch: what C has come to, how rightly, and accuracy on `held`.
 
     `revised` is the share of training faces that had several candidates and now have one label (for
-    RC, LW and PiCO, whose C moves gradually: that have several candidates); of these, how many have
+    RC, LW and PiCO, which reduce no set: that have several candidates); of these, how many have
     the voted label on top, and on the toy the drawn class.
     """
     def end_of_epoch(record):

@@ -6,10 +6,10 @@ al. 2021, with the layer layout of torchvision's `vit_b_16`, whose weights this 
     symbol  name      shape         meaning
     x       images    (B, 3, H, H)  normalised RGB images, H = image_size
     P       patch_size              side of a patch in pixels; the grid has H/P x H/P patches
-    N       patches                 number of patches, (H/P)^2
+    N       grid ** 2               number of patches, (H/P)^2
     d       dim                     width of a token
-    F       tokens    (B, 1+N, d)   the output: the class token first, then the visual tokens
-    V       keep      (B, V)        indices of the visible patches, when only those are encoded
+            tokens    (B, 1+N, d)   the output: the class token first, then the visual tokens
+            keep      (B, V)        indices of the V visible patches, when only those are encoded
 
 Run:  python -m pytest tests/test_vit.py
 """
@@ -21,9 +21,9 @@ from torch import nn
 def patchify(images, patch_size):
     """Cut images into patches, row by row.
 
-    images (B, C, H, W), H and W multiples of patch_size -> (B, N, C*P*P), a patch's numbers in the
-    order channel, row, column. The inverse is `unpatchify`. Raises ValueError if a side does not
-    divide.
+    images (B, C, H, W), C channels, H and W multiples of patch_size -> (B, N, C*P*P), a patch's
+    numbers in the order channel, row, column. The inverse is `unpatchify`. Raises ValueError if a
+    side does not divide.
     """
     batch, channels, height, width = images.shape
     if height % patch_size or width % patch_size:
@@ -127,7 +127,7 @@ class MLP(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention softmax(q k^T / sqrt(d/h)) v with one product for q, k and v."""
+    """Multi-head self-attention softmax(q k^T / sqrt(d/heads)) v; one product for q, k and v."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -208,7 +208,7 @@ class ViT(nn.Module):
         return self.norm(x)
 
     def forward(self, images, keep=None):
-        """Images (B, 3, H, H) -> tokens F (B, 1+N, d), or (B, 1+V, d) of the patches in `keep`."""
+        """Images (B, 3, H, H) -> tokens (B, 1+N, d), or (B, 1+V, d) of the patches in `keep`."""
         return self.encode(self.embed(images, keep))
 
     def classify(self, images):

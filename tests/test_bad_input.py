@@ -190,6 +190,14 @@ OTHERS = [
      f"{LIST}, row 2: train_00001.jpg is listed twice; remove one row"),
     ("list not UTF-8", lambda f: raf(f, b"train_\xe9.jpg 5\n"),
      f"{LIST}: not UTF-8 (byte 6); save it as UTF-8"),
+    ("of no split", lambda f: raf(f, "val_00001.jpg 5\n"),
+     f"{LIST}, row 1: 'val_00001.jpg' begins with neither train_ nor test_; rename the file and "
+     "correct the row"),
+    ("infinite votes", lambda f: raf(f, distribution="train_00001.jpg inf 0 0 0 0 0 1\n"),
+     "TMP/basic/EmoLabel/distribution.txt, row 1: 'inf' is not a number from 0; correct the row"),
+    ("a name too long", lambda f: raf(f, f"train_{'x' * 250}.jpg 5\n"),
+     f"TMP/basic/Image/aligned/train_{'x' * 250}_aligned.jpg: cannot be a file (File name too "
+     "long); correct its row"),
     ("listed outside", lambda f: raf(f, "../../train.jpg 5\n"),
      f"{LIST}, row 1: '../../train.jpg' leaves the data folder; correct the row"),
     ("a distribution without the face", lambda f: raf(f, distribution="train_00002.jpg 1 1 1 1\n"),

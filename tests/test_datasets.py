@@ -249,6 +249,10 @@ def test_memory_map_is_kept_until_a_source_or_the_alignment_changes(tmp_path, mo
     monkeypatch.setattr(datasets, "TEMPLATE", TEMPLATE + 1)
     load()
     assert len(set((tmp_path / "cache").iterdir())) == kept + 1
+    monkeypatch.setitem(DATA["ferplus"], "channels", 3)
+    with pytest.raises(ValueError, match="reshape"):     # read anew, and not as colour by mistake
+        load()
+    assert len(set((tmp_path / "cache").iterdir())) == kept + 1
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -266,6 +270,15 @@ def test_what_cannot_be_drawn_is_told_before_the_faces_are_read(flags, message, 
     with pytest.raises(InputError) as error:
         datasets.main(flags)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("name", ["toy-train", "toy-statistics"])
+def test_a_picture_that_cannot_be_written_is_an_error(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(DATA["toy"], "counts", dict(train=60))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / f"runs/{name}.png").mkdir(parents=True)
+    with pytest.raises(InputError, match=f"--out runs/{name}.png: cannot be written .Is a dir"):
+        datasets.main([])
 
 
 def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatch):
@@ -307,7 +320,7 @@ def test_the_toy_passes_its_check_and_is_drawn(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     datasets.main(["--split", "val"])
     text = capsys.readouterr().out
-    assert "test: 20 faces of 20 drawn" in text and "20 faces read, 0 unreadable; 0 repeat" in text
+    assert "test: 20 faces drawn" in text and "20 faces read, 0 unreadable; 0 repeat" in text
     assert "also stand in" not in text                     # the splits are other faces
     assert text.endswith("contact sheet: runs/toy-val.png\nstatistics: runs/toy-statistics.png\n"
                          "no problem\n")

@@ -62,8 +62,10 @@ def test_every_row_of_the_tables_is_one_command(method, method_run):
     (["--candidates", "lw1", "--min-votes", "2"], "--min-votes: these sets are generated, not "),
     (["--labels", "majority"], "--labels: has no effect unless data is ferplus; leave it out"),
     (["--align", "given"], "--align: has no effect unless data is raf; leave it out"),
-    (["--warmup-revision", "2"], "--warmup-revision 2: the run has no more epochs, so it would"),
-    (["--method", "pico-vit", "--warmup-revision", "2"], "--warmup-revision 2: the run has no"),
+    (["--warmup-revision", "2"],
+     "--warmup-revision 2: the run has no more epochs, so it would never act; give less, or --no-"),
+    (["--method", "pico-vit", "--warmup-revision", "2"],
+     "--warmup-revision 2: the run has no more epochs, so it would never act; give less\n"),
     (["--val", "0.0001"], "--val 0.0001: holds out no face; give a larger share"),
     (["--method", "pico-vit", "--accumulate", "2"],
      "--accumulate: PiCO's queue and momentum model move once a batch"),
@@ -105,6 +107,10 @@ def test_resnet_checkpoints_of_any_prefix_are_read(prefix, wrap, tmp_path):
     torch.save({"w": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(InputError, match="not a ResNet-18"):
         train.resnet_weights(tmp_path / "other.pth")
+    torch.save({f"{name}.{k}": v for name in ("query", "key") for k, v in source.items()},
+               tmp_path / "two.pth")
+    with pytest.raises(InputError, match="2 networks .with the prefixes query., key..; keep one"):
+        train.resnet_weights(tmp_path / "two.pth")
 
 
 def test_resnet_tokens_are_torchvisions_features():
@@ -300,6 +306,37 @@ def test_runs_that_differ_in_more_than_the_seed_are_rows_that_say_so():
         "| ours, epochs 10, revise False"]               # warm-ups keep their share
     assert lines[2].split(" | ")[2:] == ["2", "85.0 ± 7.1", "50.0 ± 0.0", "92.05 |"]
     assert all(line.endswith("| - |") for line in lines[3:])       # not the paper's row
+
+
+def test_a_setting_that_one_side_does_not_know_makes_no_row_of_its_own_by_silence():
+    """Runs of older code lack a setting: it is at its default. One that we lack is said."""
+    old, new, fork = result(0.7, 0), result(0.8, 1), result(0.9, 2)
+    del old[1]["layer_decay"]
+    fork[1]["mixup"] = 0.8
+    lines = comparison([old, new, fork], True)
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| ours", "| ours, mixup 0.8"]
+    assert lines[2].split(" | ")[2] == "2"
+    toy = [(dict(accuracy=0.5, split="test"), train.parse(["--seed", str(seed), "--scale", scale]))
+           for seed, scale in enumerate(("laptop", "paper"))]
+    assert [line.split(" | ")[0] for line in comparison(toy, True)[2:]] == [
+        "| ours", "| ours, scale paper"]
+
+
+@pytest.mark.parametrize("key", ["method", "data"])
+def test_a_kept_run_of_a_row_that_is_not_known_here_is_an_error(key, tmp_path):
+    for name, text in (("config.json", json.dumps({"method": "ours", "data": "toy", key: "own"})),
+                       ("log.jsonl", "{}\n"), ("test.json", "{}")):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match="'own'.*: this code has no such row or data set"):
+        evaluate.evaluate(tmp_path, "test", {})
+
+
+def test_a_row_of_the_tables_holds_settings_that_exist():
+    for name, row in train.METHODS.items():
+        assert row.keys() <= {*train.SETTINGS, "init", "revise"}, name
+        for key, value in row.items():
+            if isinstance(train.SETTINGS.get(key, (0,))[0], str):
+                assert value in train.SETTINGS[key][2], (name, key)
 
 
 def test_what_all_rows_depart_in_stands_once_above_them():

@@ -169,21 +169,41 @@ def test_the_cost_table_is_what_decoder_py_prints():
 KEPT = ("ferplus-15-epochs", "ferplus-4-epochs", "ferplus-other-lengths")
 
 
+MEAN = r"\d+\.\d ± \d+\.\d(?!\d)"
+
+
+def printed(capsys, name, *flags):
+    """The table of the kept runs in tests/results/NAME, a line each."""
+    folders = sorted(map(str, (ROOT / "tests/results" / name).iterdir()))
+    evaluate.main([*folders, *flags, "--markdown"])
+    return capsys.readouterr().out.splitlines()
+
+
 def test_the_tables_of_kept_runs_are_what_evaluate_py_prints_of_them(capsys):
     """Every line stands in the README. No mean with a deviation and no accuracy in bold stands in
     the results or beside a switch that is not in such a row."""
-    for name in KEPT:
-        folders = sorted(map(str, (ROOT / "tests/results" / name).iterdir()))
-        evaluate.main([*folders, "--split", "val", "--markdown"])
-    rows = capsys.readouterr().out.splitlines()
+    rows = [row for name in KEPT for row in printed(capsys, name, "--split", "val")]
     assert len(rows) > 40
     for line in rows:
         assert line in TEXT, line
     told = TEXT.split("### Real faces")[1].split("## What the logs say")[0]
-    means = re.findall(r"\d+\.\d ± \d+\.\d(?!\d)", told)            # the text's and the tables'
+    told = re.sub("[Tt]oy: [^;|]*", "", told)                          # these are the next test's
     bold = re.findall(r"\*\*(\d+\.\d)%", told)
     assert bold
-    for mean in means + bold:
+    for mean in re.findall(MEAN, told) + bold:                       # the text's and the tables'
+        assert any(f"| {mean} |" in row for row in rows), mean
+
+
+def test_the_tables_of_the_toy_are_what_evaluate_py_prints_of_its_kept_runs(capsys):
+    """Every line stands in toy.md; a mean with a deviation, there and in what the README says of
+    the toy, in such a line."""
+    rows, told = printed(capsys, "toy"), (ROOT / "tests/results/toy.md").read_text()
+    assert len(rows) > 25
+    for line in rows:
+        assert line in told, line
+    told += TEXT.split("### The toy")[1].split("\n### ")[0]
+    told += " ".join(re.findall("[Tt]oy: [^;|]*", TEXT))
+    for mean in re.findall(MEAN, told):
         assert any(f"| {mean} |" in row for row in rows), mean
 
 
@@ -204,14 +224,20 @@ def test_the_tables_of_kept_runs_are_what_evaluate_py_prints_of_them(capsys):
     ("the same with", "15-epochs/recipe", "15-epochs/recipe-no-revise"),
     ("better than RC", "4-epochs/ours", "4-epochs/rc-vit"),
     ("better than RC", "4-epochs/ours", "4-epochs/pico-vit"),
+    ("better than RC", "4-epochs/ours", "4-epochs/rc"),
+    ("better than RC", "4-epochs/ours", "4-epochs/pico"),
+    ("better than RC", "4-epochs/ours", "4-epochs/cc"),
+    ("better than RC", "4-epochs/ours", "4-epochs/soft"),
     ("better than RC", "15-epochs/ours", "15-epochs/rc-vit"),
     ("than one-hot labels", "15-epochs/recipe", "15-epochs/mim-hog"),
     ("than one-hot labels", "15-epochs/recipe", "15-epochs/decoder-one-hot"),
     ("than one-hot labels", "15-epochs/ours", "15-epochs/mim-hog"),
     ("than one-hot labels", "4-epochs/ours", "4-epochs/mim-hog"),
+    ("than one-hot labels", "4-epochs/ours", "4-epochs/baseline"),
+    ("pre-training on", "4-epochs/mim-hog", "other-lengths/baseline"),
     ("pre-training on", "15-epochs/recipe", "other-lengths/scratch")])
 def test_the_points_of_a_verdict_are_the_difference_of_kept_runs(claim, one, other):
-    """Means over the seeds that both have: on Valid (on the held-out faces)."""
+    """Means over the seeds that both have: on Valid (on the held-out faces); a column a length."""
     points = []
     for key in ("accuracy", "held_out_accuracy"):
         values = [{run.name[-1]: json.loads((run / "val.json").read_text())[key]
@@ -220,7 +246,8 @@ def test_the_points_of_a_verdict_are_the_difference_of_kept_runs(claim, one, oth
         both = values[0].keys() & values[1].keys()
         points.append(100 * sum(values[0][s] - values[1][s] for s in both) / len(both))
     row = next(line for line in TEXT.splitlines() if line.startswith("| ") and claim in line)
-    assert f"{points[0]:.1f} ({points[1]:.1f})" in row.split(" | ")[2]
+    cell = row.split(" | ")[{"4-epochs": 2, "15-epochs": 3}[one.split("/")[0]]]
+    assert f" {points[0]:.1f} ({points[1]:.1f})" in f" {cell}"
 
 
 def test_a_setting_that_was_varied_alone_has_its_effect_beside_its_switch():

@@ -15,7 +15,7 @@ import train
 from conftest import CPU, ROOT, TINY, read_log, read_state, run_script
 from datasets import InputError, load_faces
 from pll import initial_confidence, is_revised
-from pretrain import command_line
+from pretrain import Run, command_line
 
 OTHER_FACES = "its training faces are not those of this data set"
 
@@ -71,6 +71,31 @@ def test_the_encoder_starts_from_pre_training(pretrained, trained, tmp_path, cac
         if name.startswith("encoder."):
             torch.testing.assert_close(value, before[name], rtol=1e-3, atol=1e-4)
     assert not same(read_state(trained)["model"], after, 1e-3)
+
+
+def test_a_vit_of_other_code_is_read_from_the_four_entries_that_the_readme_names(tmp_path):
+    config = train.parse([*TINY, "--init", str(tmp_path / "vit.pt")])
+    tensors = train.build_model(config).encoder.state_dict()
+    foreign = {"stage": "pretrain", "log": [{}], "config": {"heads": 2},
+               "model": {f"encoder.{k}": v for k, v in tensors.items()}}
+    encoder = train.build_model(config).encoder
+    torch.save(foreign, tmp_path / "vit.pt")
+    assert "vit.pt" in train.initial_weights(config, encoder)
+    assert same(encoder.state_dict(), tensors, 0)
+    for key in ("log", "config", "model"):
+        torch.save({k: v for k, v in foreign.items() if k != key}, tmp_path / "vit.pt")
+        with pytest.raises(InputError, match=f"vit.pt: has no {key}; a pretrain.py checkpoint"):
+            train.initial_weights(config, encoder)
+    torch.save({**foreign, "config": {}}, tmp_path / "vit.pt")
+    with pytest.raises(InputError, match="vit.pt: has no heads in its config; a pretrain.py check"):
+        train.initial_weights(config, encoder)
+
+
+def test_no_gradient_goes_through_the_table():
+    """Between processes none can; a single one must not differ."""
+    rows = torch.rand(2, 3, requires_grad=True)
+    run = Run({"batch_size": 2}, 0, 1, CPU)
+    assert not train.share_rows(run, torch.arange(2), rows * 2)[1].requires_grad
 
 
 @pytest.mark.parametrize("script, flags", [
