@@ -248,6 +248,7 @@ def test_the_tables_of_the_toy_are_what_evaluate_py_prints_of_its_kept_runs(caps
     ("threshold 0.1 here", "toy/ours", "toy/decoder-uniform"),
     ("better than RC", "toy/ours", "toy/rc-vit"),
     ("better than RC", "toy/ours", "toy/soft"),
+    ("better than RC", "toy/ours", "toy/rc"),
     ("than one-hot labels", "toy/ours", "toy/baseline"),
     ("than one-hot labels", "toy/ours", "toy/mim-hog"),
     ("pre-training on", "toy/mim-hog", "toy/baseline")])
