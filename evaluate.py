@@ -367,12 +367,12 @@ def comparison(results, markdown, columns=COLUMNS, title=""):
     columns = [c for c in columns if any(c[0] in result for result, _ in results)]
     if not columns:
         return []
-    groups = sorted(groups.values(), key=lambda g: list(METHODS).index(g[0][1]["method"]))
-    others = [departures(group[0][1]) for group in groups]
+    groups = dict(sorted(groups.items(), key=lambda item: list(METHODS).index(item[0][1])))
+    others = [list(key[2:]) for key in groups]           # what each row departs in
     shared = [s for s in others[0] if len(groups) > 1 and all(s in other for other in others)]
     rows = [["method", "data", "seeds"] + [heading for _, heading, _ in columns] +
             ["accuracy in the paper"]]
-    for group, other in zip(groups, others):
+    for group, other in zip(groups.values(), others):
         config, cells = group[0][1], []
         for key, _, percent in columns:
             values = torch.tensor([result[key] for result, _ in group if key in result])
@@ -622,7 +622,7 @@ def recognise(run, model, state, paths, landmarks, batch_size=64):
             x = torch.stack(list(read.values())).to(run.device)            # (b, C, S, S)
             with torch.no_grad(), autocast(run):
                 logits = model(normalise(resize(x, c["image_size"]), state))
-            zeta = dict(zip(read, logits.float().softmax(dim=1).cpu()))  # path -> (K,)
+            zeta = dict(zip(read, logits.float().softmax(dim=1).cpu()))    # path -> (K,)
         for path in paths[i:i + batch_size]:
             yield (path, zeta[path], read[path]) if path in read else (path, None, None)
             bar.update()

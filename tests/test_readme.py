@@ -168,9 +168,8 @@ def test_the_cost_table_is_what_decoder_py_prints():
 
 
 KEPT = ("ferplus-15-epochs", "ferplus-4-epochs", "ferplus-other-lengths")
-
-
 MEAN = r"\d+\.\d ± \d+\.\d(?!\d)"
+OF_THE_TOY = "[Tt]oy: [^;|]*"                            # in a cell that also speaks of FERPlus
 
 
 def printed(capsys, name, *flags):
@@ -188,7 +187,7 @@ def test_the_tables_of_kept_runs_are_what_evaluate_py_prints_of_them(capsys):
     for line in rows:
         assert line in TEXT, line
     told = TEXT.split("### Real faces")[1].split("## What the logs say")[0]
-    told = re.sub("[Tt]oy: [^;|]*", "", told)                          # these are the next test's
+    told = re.sub(OF_THE_TOY, "", told)                                # these are the next test's
     bold = re.findall(r"\*\*(\d+\.\d)%", told)
     assert bold
     for mean in re.findall(MEAN, told) + bold:                       # the text's and the tables'
@@ -203,7 +202,7 @@ def test_the_tables_of_the_toy_are_what_evaluate_py_prints_of_its_kept_runs(caps
     for line in rows:
         assert line in told, line
     told += TEXT.split("### The toy")[1].split("\n### ")[0]
-    told += " ".join(re.findall("[Tt]oy: [^;|]*", TEXT))
+    told += " ".join(re.findall(OF_THE_TOY, TEXT))
     for mean in re.findall(MEAN, told):
         assert any(f"| {mean} |" in row for row in rows), mean
 
