@@ -621,6 +621,10 @@ def load_checkpoint(path, stage=None, ours=True):
         raise InputError(f"{path}: not a checkpoint of pretrain.py or train.py")
     if stage and state["stage"] != stage:
         raise InputError(f"{path}: a checkpoint of {state['stage']}.py; {stage}.py's is needed")
+    missing = [k for k in ("log", "config", "model") if ours and k not in state]
+    if missing:
+        raise InputError(f"{path}: has no {', '.join(missing)}; a checkpoint of "
+                         f"{state['stage']}.py holds stage, log, config and model")
     return state
 
 

@@ -234,16 +234,13 @@ def pretrained_weights(config):
                          f"pretrain.py --data {config['data']} --scale {config['scale']}{folder}"
                          f"{target} (or choose --init imagenet or none)")
     state = load_checkpoint(where, "pretrain")
-    missing = [k for k in ("log", "config", "model") if k not in state]
-    if missing or "heads" not in state["config"]:
-        raise InputError(f"{where}: has no {', '.join(missing) or 'heads in its config'}; a "
-                         "pretrain.py checkpoint needs log, config with heads, and model")
     if not state["log"]:
         raise InputError(f"{where}: stopped within its first epoch; go on with pretrain.py "
                          "--resume")
-    if state["config"]["heads"] != config["heads"]:      # no tensor's shape tells
-        raise InputError(f"{where}: pre-trained with --heads {state['config']['heads']}; give the "
-                         "same")
+    heads = state["config"].get("heads")
+    if heads != config["heads"]:                         # no tensor's shape tells
+        raise InputError(f"{where}: its config has {heads} heads, this command "
+                         f"{config['heads']}; give the same --heads")
     weights = {k.removeprefix("encoder."): v for k, v in state["model"].items()
                if k.startswith("encoder.")}
     return f"{where} (epoch {len(state['log'])})", weights

@@ -157,11 +157,16 @@ def test_every_parameter_is_in_one_group_with_its_layers_rate():
 
 def test_checkpoints_are_whole_or_refused(tmp_path):
     path = tmp_path / "last.pt"
-    save_checkpoint(path, {"stage": "pretrain", "config": {}, "x": torch.arange(3)})
-    assert load_checkpoint(path, "pretrain")["x"].tolist() == [0, 1, 2]
+    whole = {"stage": "pretrain", "log": [], "config": {}, "model": {"x": torch.arange(3)}}
+    save_checkpoint(path, whole)
+    assert load_checkpoint(path, "pretrain")["model"]["x"].tolist() == [0, 1, 2]
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
     with pytest.raises(InputError, match="a checkpoint of pretrain.py; train.py's is needed"):
         load_checkpoint(path, "train")
+    for key in ("log", "config", "model"):
+        torch.save({k: v for k, v in whole.items() if k != key}, path)
+        with pytest.raises(InputError, match=f"has no {key}; a checkpoint of pretrain.py holds"):
+            load_checkpoint(path)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="not a readable checkpoint"):
         load_checkpoint(path)

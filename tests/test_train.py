@@ -84,10 +84,10 @@ def test_a_vit_of_other_code_is_read_from_the_four_entries_that_the_readme_names
     assert same(encoder.state_dict(), tensors, 0)
     for key in ("log", "config", "model"):
         torch.save({k: v for k, v in foreign.items() if k != key}, tmp_path / "vit.pt")
-        with pytest.raises(InputError, match=f"vit.pt: has no {key}; a pretrain.py checkpoint"):
+        with pytest.raises(InputError, match=f"vit.pt: has no {key}; a checkpoint of pretrai"):
             train.initial_weights(config, encoder)
     torch.save({**foreign, "config": {}}, tmp_path / "vit.pt")
-    with pytest.raises(InputError, match="vit.pt: has no heads in its config; a pretrain.py check"):
+    with pytest.raises(InputError, match="vit.pt: its config has None heads, this command 2"):
         train.initial_weights(config, encoder)
 
 
@@ -357,7 +357,7 @@ def test_the_other_ways_of_pre_training_learn_too(flags, tmp_path, cache):
 def test_another_number_of_heads_is_no_secret(pretrained):
     """It is in no tensor's shape, so that the weights alone would fit."""
     config = {**train.parse(["--init", str(pretrained), *TINY]), "heads": 4}
-    with pytest.raises(InputError, match="pre-trained with --heads 2; give the same"):
+    with pytest.raises(InputError, match="its config has 2 heads, this command 4; give the same --h"):
         train.initial_weights(config, pretrain.build_encoder(config))
 
 
