@@ -234,7 +234,14 @@ def test_the_tables_of_the_toy_are_what_evaluate_py_prints_of_its_kept_runs(caps
     ("than one-hot labels", "15-epochs/ours", "15-epochs/mim-hog"),
     ("than one-hot labels", "4-epochs/ours", "4-epochs/mim-hog"),
     ("than one-hot labels", "4-epochs/ours", "4-epochs/baseline"),
+    ("than one-hot labels", "4-epochs/ours", "other-lengths/baseline"),
+    ("than one-hot labels", "15-epochs/recipe", "15-epochs/decoder-soft"),
+    ("better than RC", "4-epochs/mim-hog-pll", "4-epochs/rc-vit"),
+    ("the whole method", "4-epochs/ours", "4-epochs/mim-hog-pll"),
+    ("the whole method", "15-epochs/ours", "15-epochs/mim-hog-pll"),
+    ("the whole method", "toy/ours", "toy/mim-hog-pll"),
     ("pre-training on", "4-epochs/mim-hog", "other-lengths/baseline"),
+    ("pre-training on", "4-epochs/mim-pixel", "other-lengths/baseline"),
     ("pre-training on", "15-epochs/recipe", "other-lengths/scratch"),
     ("better target", "toy/mim-hog", "toy/mim-pixel"),
     ("better target", "toy/mim-hog-pll", "toy/mim-pixel-pll"),
@@ -250,7 +257,8 @@ def test_the_tables_of_the_toy_are_what_evaluate_py_prints_of_its_kept_runs(caps
     ("better than RC", "toy/ours", "toy/rc"),
     ("than one-hot labels", "toy/ours", "toy/baseline"),
     ("than one-hot labels", "toy/ours", "toy/mim-hog"),
-    ("pre-training on", "toy/mim-hog", "toy/baseline")])
+    ("pre-training on", "toy/mim-hog", "toy/baseline"),
+    ("pre-training on", "toy/mim-pixel", "toy/baseline")])
 def test_the_points_of_a_verdict_are_the_difference_of_kept_runs(claim, one, other):
     """Means over the seeds that both have: on Valid (on the held-out faces), on the toy's test
     split (least to most of a seed); a column each for the toy and the two lengths of training."""
