@@ -1,4 +1,4 @@
-"""datasets.py: the layouts on disk, votes to labels, alignment, augmentation, the toy."""
+"""datasets.py: the layouts on disk, votes to labels, alignment, the toy."""
 import csv
 import json
 import os
@@ -14,9 +14,8 @@ import datasets
 import evaluate
 import train
 from conftest import ROOT, TINY
-from datasets import (DATA, PROTOTYPES, TEMPLATE, Faces, InputError, align, augment, five_points,
-                      hold_out, listing, load_faces, prepare, read_image, similarity, toy_sample,
-                      voted_label)
+from datasets import (DATA, PROTOTYPES, TEMPLATE, Faces, InputError, align, five_points, hold_out,
+                      listing, load_faces, read_image, similarity, toy_sample, voted_label)
 
 REAL = next((folder for folder in (ROOT.parent / "shared/ferplus", ROOT / "data/ferplus")
              if (folder / "FER2013Train").is_dir()), None)
@@ -195,8 +194,35 @@ def test_affectnet_from_csv_and_from_folders(tmp_path):
         (other / f"images/{i}.png").write_bytes((tmp_path / f"5/{i}.png").read_bytes())
         np.save(other / f"annotations/{i}_exp.npy", np.array(str(label)))
         np.save(other / f"annotations/{i}_lnd.npy", LANDMARKS.flatten().round(2))
-    folders = load_faces("affectnet8", tmp_path / "other", "train", 32, cache=tmp_path / "c")
+    read = lambda: load_faces("affectnet8", tmp_path / "other", "train", 32, cache=tmp_path / "c")
+    folders = read()
     assert folders.labels.equal(eight.labels) and folders[[0, 1, 2]].equal(eight[[0, 1, 2]])
+    np.save(other / "annotations/3_lnd.npy", LANDMARKS[::-1])            # behind the contempt
+    again = read()
+    assert again[[0, 1]].equal(folders[[0, 1]]) and not again[[2]].equal(folders[[2]])
+
+
+def test_affectnet_faces_are_aligned_by_their_own_landmarks(tmp_path):
+    """A framed face of its own colour a row; the second row is no expression and is left out."""
+    def read(shift):
+        marks = np.zeros((68, 2))
+        corners = TEMPLATE * 100 / 112 + 60 + shift
+        for where, point in zip((slice(36, 42), slice(42, 48), 30, 48, 54), corners):
+            marks[where] = point
+        with open(tmp_path / "training.csv", "w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["subDirectory_filePath", "facial_landmarks", "expression"])
+            rows.writerows([f"{i}.png", ";".join(map(str, marks.flatten())), label]
+                           for i, label in enumerate((3, 9, 0)))
+        os.utime(tmp_path / "training.csv", (shift, shift))
+        return load_faces("affectnet7", tmp_path, "train", 32, cache=tmp_path / "c")[[0, 1]].float()
+
+    for i in range(3):
+        face = Image.new("RGB", (100, 100), (80 * i, 0, 0))
+        ImageOps.expand(face, 60, (0, 255, 0)).save(tmp_path / f"{i}.png")
+    red, green, _ = read(0)[..., 3:-3, 3:-3].unbind(1)
+    assert red.mean((1, 2)).tolist() == pytest.approx([0, 160], abs=3) and green.max() < 20
+    assert read(40)[:, 1].mean() > 100                 # other landmarks: most of it is the frame
 
 
 def test_a_similarity_is_found_again_and_never_mirrors():
@@ -249,10 +275,13 @@ def test_memory_map_is_kept_until_a_source_or_the_alignment_changes(tmp_path, mo
     monkeypatch.setattr(datasets, "TEMPLATE", TEMPLATE + 1)
     load()
     assert len(set((tmp_path / "cache").iterdir())) == kept + 1
+    monkeypatch.setattr(datasets, "to_array", lambda image, side: np.full((1, side, side), 7,
+                                                                          np.uint8))
+    assert load().images.max() == 7                      # other code
     monkeypatch.setitem(DATA["ferplus"], "channels", 3)
     with pytest.raises(ValueError, match="reshape"):     # read anew, and not as colour by mistake
         load()
-    assert len(set((tmp_path / "cache").iterdir())) == kept + 1
+    assert len(set((tmp_path / "cache").iterdir())) == kept + 2
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -330,76 +359,6 @@ def test_the_toy_passes_its_check_and_is_drawn(tmp_path, capsys, monkeypatch):
         assert chart.size == (2000, 200 + 62 * 7)
 
 
-def plain_batch(n=64):
-    values = torch.rand(n, 3, 24, 24, generator=torch.Generator().manual_seed(0))
-    return (values * 255).to(torch.uint8)
-
-
-def uniform_rows(n=64, value=None):
-    u = torch.rand(n, 12, generator=torch.Generator().manual_seed(1))
-    return u if value is None else torch.full_like(u, value)
-
-
-def test_augmentation_without_change_is_preparation():
-    u = uniform_rows()                                                # --crop-scale 1: no crop
-    u[:, 4] = 0.9                                                     # no flip
-    plain = augment(plain_batch(), u, 24, "toy", scale=1.0)
-    torch.testing.assert_close(plain, prepare(plain_batch(), 24, "toy"), rtol=1e-4, atol=1e-4)
-    u[:, 4] = 0.0                                                     # a flip and nothing else
-    torch.testing.assert_close(augment(plain_batch(), u, 24, "toy", scale=1.0).flip(-1), plain,
-                               rtol=1e-4, atol=1e-4)
-
-
-def test_crops_rotations_and_light_are_what_was_asked_for():
-    """A ramp of brightness tells where the corners of a crop lie in the picture."""
-    across = torch.arange(0, 256, 4, dtype=torch.uint8).expand(1, 1, 64, 64)   # 4 a pixel
-    down, u = across.transpose(2, 3), uniform_rows(500)
-    u[:, 4] = 0.9                                            # no flip
-
-    def seen(image, **how):                                  # where a pixel came from, 0 .. 64
-        x = augment(image.expand(500, -1, -1, -1), u, 64, "ferplus", **how)[:, 0]
-        return (x * 0.255 + 0.508) * 255 / 4 + 0.5
-
-    x, y = seen(across, scale=0.5), seen(down, scale=0.5)
-    w = (x[:, 32, 60] - x[:, 32, 3]) / 57                    # share of the width, (500,)
-    h = (y[:, 60, 32] - y[:, 3, 32]) / 57
-    assert 0.48 < (w * h).min() < 0.55 and 0.9 < (w * h).max() < 1.02
-    assert w.min() > 0.59 and w.max() < 1.02 and 0.7 < (w / h).min() and (w / h).max() < 1.36
-    area = 0.5 + 0.5 * u[:, 0]
-    torch.testing.assert_close(w * h, area, rtol=0.02, atol=0.01)      # exactly what was drawn
-    left = x[:, 32, 3] - 3 * w
-    assert left.min() > -1 and (left + 64 * w).max() < 65    # no crop leaves the picture
-    assert left.std() > 2 and y[:, 3, 32].std() > 2
-    u[:, 1] = 0.5                                            # square crops
-    turned = seen(across, scale=1.0, degrees=15.0)[:, 16:48, 16:48]
-    slope = (turned[:, -1, 16] - turned[:, 0, 16]) / (turned[:, 16, -1] - turned[:, 16, 0])
-    angles = slope.atan() * 180 / torch.pi
-    assert 13 < angles.max() < 15.5 and -15.5 < angles.min() < -13
-    lit = (seen(across, scale=1.0, light=0.3) - 0.5) / 63.75     # brightness 0 .. 1
-    middle, contrast = lit[:, 32, 31:33].mean(1), (lit[:, 32, 36] - lit[:, 32, 27]) * 63.75 / 9
-    assert 0.18 < middle.min() < 0.25 and 0.75 < middle.max() < 0.82
-    assert 0.69 < contrast.min() < 0.75 and 1.25 < contrast.max() < 1.31
-
-
-def test_a_face_is_augmented_alike_however_the_batch_is_divided():
-    images, u = plain_batch(), uniform_rows()
-    settings = dict(scale=0.5, degrees=15.0, light=0.3, erase=0.5)
-    whole = augment(images, u, 32, "toy", **settings)
-    parts = [augment(images[i:i + 16], u[i:i + 16], 32, "toy", **settings)
-             for i in range(0, 64, 16)]
-    torch.testing.assert_close(torch.cat(parts), whole)
-    assert whole.shape == (64, 3, 32, 32) and whole.isfinite().all()
-
-
-def test_erasing_happens_as_often_as_asked_and_grey_becomes_three_channels():
-    white = torch.full((2000, 1, 24, 24), 255, dtype=torch.uint8)
-    x = augment(white, uniform_rows(2000), 24, "ferplus", scale=1.0, erase=0.25)
-    assert x.shape == (2000, 3, 24, 24) and x[:, 0].equal(x[:, 2])
-    share = (x == 0).float().mean((1, 2, 3))
-    assert (share > 0).float().mean() == pytest.approx(0.25, abs=0.04)
-    assert 0.02 < share[share > 0].mean() < 0.33
-
-
 def test_hold_out_is_stratified_and_disjoint():
     labels, names = torch.tensor([0] * 100 + [1] * 50), [str(i) for i in range(150)]
     faces = Faces("toy", "train", np.zeros((150, 3, 2, 2), np.uint8), labels, names)
@@ -426,6 +385,14 @@ def test_the_toy_is_a_function_of_its_seed_and_confuses_as_people_do():
     assert share("fear", "surprise") > 2 * share("fear", "happiness")
     assert share("anger", "disgust") > 1.2 * share("anger", "surprise")
     assert PROTOTYPES.shape == (7, len(datasets.UNITS))
+
+
+def test_the_toy_is_the_one_that_all_kept_results_are_of():
+    found = {split: listing("toy", None, split) for split in ("train", "val", "test")}
+    assert [np.sum(f.votes, axis=0).tolist() for f in found.values()] == [
+        [3813, 2554, 3001, 2757, 2713, 2582, 2580], [991, 561, 662, 743, 759, 672, 612],
+        [2010, 1337, 1353, 1178, 1520, 1373, 1229]]
+    assert [f.notes[0].split()[-3] for f in found.values()] == ["325", "71", "143"]
 
 
 @pytest.mark.parametrize("mode, message", [
@@ -551,20 +518,3 @@ def test_constants_that_others_have_measured():
                                  [70.73, 92.20]]
     theirs = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.transforms()
     assert (list(DATA["raf"]["mean"]), list(DATA["raf"]["std"])) == (theirs.mean, theirs.std)
-
-
-def test_a_turned_face_has_no_black_corners():
-    white = torch.full((64, 1, 24, 24), 255, dtype=torch.uint8)
-    x = augment(white, uniform_rows(), 24, "ferplus", scale=1.0, degrees=45.0)
-    torch.testing.assert_close(x, x[0, 0, 12, 12].expand_as(x))
-
-
-def test_what_is_erased_lies_anywhere_and_has_any_shape():
-    white = torch.full((4000, 1, 24, 24), 255, dtype=torch.uint8)
-    erased = (augment(white, uniform_rows(4000), 48, "ferplus", scale=1.0, erase=1.0) == 0)[:, 0]
-    often = erased.float().mean(dim=0)                               # (48, 48)
-    for turned in (often.flip(0), often.flip(1), often.T):
-        assert (often - turned).abs().max() < 0.05
-    assert 0 < often[0, 0] < 0.05 and often[24, 24] > 0.2
-    high, wide = erased.any(2).sum(1), erased.any(1).sum(1)          # in pixels
-    assert 3 < (high / wide).max() < 4.5 and 3 < (wide / high).max() < 4.5      # 3.3, but whole

@@ -11,6 +11,26 @@ from pretrain import Run
 from test_pll import random_problem
 
 
+TOLD = dict(
+    accuracy=.11, faces=9, mean_class_accuracy=.22, majority_class_rate=.33,
+    inside_candidate_set=.44, vote_nll=.55, vote_calibration_error=.66,
+    accuracy_without_duplicates=.77, duplicates=8, accuracy_on_truth=.88, crowd_on_truth=.99,
+    per_class={"a": dict(faces=1, recall=.12, precision=.34),
+               "b": dict(faces=2, recall=None, precision=.56)}, confusion=[[3, 4], [5, 6]])
+
+
+def test_each_line_of_the_text_has_its_own_number():
+    text = evaluate.as_text(TOLD, "ab", False)
+    assert [" ".join(line.split()) for line in text.splitlines() if line] == [
+        "accuracy 11.00% of 9 faces", "mean class accuracy 22.00%",
+        "majority class rate 33.00% (the trivial answer)", "inside candidate set 44.00%",
+        "votes: NLL 0.550 ECE 66.00%",
+        "without duplicates 77.00% (8 faces also stand in the training set)",
+        "accuracy on truth 88.00% (the crowd's label: 99.00%)",
+        "class faces recall precision", "a 1 12.0% 34.0%", "b 2 - 56.0%",
+        "voted / predicted a b", "a 3 4", "b 5 6"]
+
+
 def test_what_is_measured_of_a_split():
     faces, draw, generator = random_crowd()
     votes, labels, truth, rows = faces.votes, faces.labels, faces.truth, range(300)

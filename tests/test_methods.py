@@ -40,6 +40,11 @@ def test_every_row_of_the_tables_is_one_command(method, method_run):
                                   config["revise"])
 
 
+def test_each_row_of_the_tables_has_a_folder_of_its_own():
+    folders = {train.parse(["--method", method])["out"] for method in train.METHODS}
+    assert len(folders) == len(train.METHODS) and "runs/train-toy" in folders
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--method", "rc-vit", "--revise"], "--revise: Eq. (4-5) revise the confidence of --loss pll"),
     (["--head", "linear", "--uniform-weight", "1"], "a linear head has no label queries to spread"),
@@ -432,8 +437,10 @@ def pico_before_its_first_step(cache, flags):
 
 
 def test_picos_step_is_its_parts_in_their_order(cache, monkeypatch):
-    given = pico_before_its_first_step(cache, "--epochs 3 --warmup-revision 1")
+    given = pico_before_its_first_step(cache, "--epochs 3 --warmup-revision 1 --head decoder "
+                                              "--uniform-weight 0.25")
     _, model, faces, table, state = given
+    assert state["queue_labels"].eq(-1).all()              # what the queue starts with is no face's
     sets, start, views = table["candidates"], table["confidence"].clone(), []
     old = state["prototypes"] = F.normalize(torch.randn(7, 128), dim=1)
     for key in state["key_model"].parameters():
@@ -446,7 +453,8 @@ def test_picos_step_is_its_parts_in_their_order(cache, monkeypatch):
     augment, indices = train.augment, torch.arange(500)
     monkeypatch.setattr(train, "augment", watch)
     loss, numbers = train.pico(*given)(model, faces[indices], indices, 1)
-    assert loss.item() == pytest.approx((numbers["pll"] + 0.5 * numbers["contrastive"]).item())
+    parts = numbers["pll"] + 0.5 * numbers["contrastive"] + 0.25 * numbers["uniform"]
+    assert loss.item() == pytest.approx(parts.item()) and numbers["uniform"] > 1
     assert not views[0].equal(views[1])
     for key, query in zip(state["key_model"].parameters(), model.parameters()):
         torch.testing.assert_close(key, 0.001 * query.detach())

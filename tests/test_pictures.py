@@ -12,7 +12,7 @@ import evaluate
 import hog
 import pll
 import pretrain
-from conftest import (ROOT, TINY, faces_with, flags_for, read_state, run_script,
+from conftest import (ROOT, TINY, faces_with, flags_for, given_to_fit, read_state, run_script,
                       shown_accuracy)
 from datasets import DATA, TEMPLATE, load_faces, to_picture
 from decoder import heat
@@ -154,6 +154,30 @@ def test_pre_training_draws_what_it_predicts(tmp_path, cache):
                 if not hidden:
                     assert (columns[2][where] == 255).all() and (columns[3][where] == 255).all()
         assert not np.array_equal(columns[2], columns[3])               # target and prediction
+
+
+class Nothing(torch.nn.Module):
+    """A masked model of 16 patches that predicts HOG without any edge."""
+
+    def forward(self, images, mask):
+        return torch.zeros(*mask.shape, 108)
+
+
+def test_the_target_stands_before_the_prediction(tmp_path, cache, monkeypatch):
+    run, _, _, faces, *_ = given_to_fit(pretrain, ["--decoder-dim", "8", "--decoder-heads", "2"],
+                                        tmp_path, cache, monkeypatch)
+    sheet = np.asarray(pretrain.reconstruction(run, Nothing(), faces, ""))
+    target, predicted = (sheet[97:383, 17 + k * 304:303 + k * 304] for k in (2, 3))
+    assert (predicted == 255).all() and not (target == 255).all()
+
+
+def test_pixels_get_their_mean_and_deviation_back(cache):
+    faces = load_faces("toy", None, "val", 16, cache=cache)
+    image = evaluate.normalise(evaluate.resize(faces[[3]], 16), DATA["toy"])
+    drawn = pretrain.seen_as(pretrain.make_targets(image, "pixel", 4)[0], image[0],
+                             dict(patch_size=4, target="pixel", data="toy"), 16)
+    difference = np.asarray(drawn, float) - np.asarray(to_picture(image[0], "toy"), float)
+    assert abs(difference).max() <= 1
 
 
 def test_a_picture_undoes_the_normalisation(cache):

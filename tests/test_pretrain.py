@@ -214,13 +214,15 @@ def test_neighbouring_steps_share_no_masks_of_blocks():
 
 def test_a_step_of_pre_training_predicts_what_it_hides(tmp_path, cache, monkeypatch):
     flags = "--seed 3 --weight-decay 0.1 --decoder-dim 8 --decoder-heads 2".split()
-    _, model, optimizer, faces, step_loss, _ = given_to_fit(pretrain, flags, tmp_path, cache,
-                                                            monkeypatch)
+    run, model, optimizer, faces, step_loss, _ = given_to_fit(pretrain, flags, tmp_path, cache,
+                                                              monkeypatch)
     asked, rows = [], torch.arange(250)
-    loss, _ = step_loss(lambda *x: (asked.append(x), model(*x))[1], faces[rows], rows, 5)
+    loss, numbers = step_loss(lambda *x: (asked.append(x), model(*x))[1], faces[rows], rows, 5)
     images, mask = asked[0]
     assert mask.equal(draw_masks("random", range(250), 4, 7, 3 * 1_000_003 + 5))
-    assert loss == masked_mse(model(images, mask), make_targets(images, "hog", 4), mask)
+    target = make_targets(images, "hog", 4)
+    assert loss == masked_mse(model(images, mask), target, mask)
+    assert numbers["trivial"] == masked_mse(pretrain.mean_target(run, faces), target, mask)
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.1}
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
 

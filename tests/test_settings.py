@@ -8,8 +8,8 @@ import datasets
 import pretrain
 import train
 from conftest import CPU, TINY, faces_with, flags_for, given_to_fit, read_state
-from datasets import load_faces
-from pll import candidates_from_votes
+from datasets import InputError, load_faces
+from pll import candidates_from_votes, uniform_loss
 from pretrain import Run, batches, learning_rate, uniforms
 
 
@@ -48,7 +48,9 @@ def test_each_steps_rate_is_the_schedules_and_its_clip_the_settings(tmp_path, ca
     assert steps == [(learning_rate(s, 24, 8, 1e-3), 0.5) for s in range(24)]
 
 
-def test_augmentation_is_the_one_asked_for_and_new_in_each_step(tmp_path, cache, monkeypatch):
+@pytest.mark.parametrize("method, views", [("decoder", 1), ("pico-vit", 2)])
+def test_augmentation_is_the_one_asked_for_and_new_in_each_step(method, views, tmp_path, cache,
+                                                                monkeypatch):
     seen = []
 
     def watch(images, u, *how):
@@ -56,10 +58,10 @@ def test_augmentation_is_the_one_asked_for_and_new_in_each_step(tmp_path, cache,
         return datasets.augment(images, u, *how)
 
     monkeypatch.setattr(train, "augment", watch)
-    how = "--epochs 1 --crop-scale 0.7 --degrees 3 --light 0.1 --erase 0.2".split()
-    train.main(flags_for("decoder", tmp_path, cache, *how))
+    how = "--crop-scale 0.7 --degrees 3 --light 0.1 --erase 0.2".split()
+    train.main(flags_for(method, tmp_path, cache, *how))
     assert {how for _, how in seen} == {(16, "toy", 0.7, 3.0, 0.1, 0.2)}
-    assert len(torch.cat([u for u, _ in seen]).unique(dim=0)) == 2000
+    assert len(torch.cat([u for u, _ in seen]).unique(dim=0)) == 2 * 2000 * views   # two epochs
 
 
 def test_masks_and_crops_of_pre_training_are_those_asked_for(tmp_path, cache, monkeypatch):
@@ -70,20 +72,23 @@ def test_masks_and_crops_of_pre_training_are_those_asked_for(tmp_path, cache, mo
         return draw(kind, rows, grid, count, seed)
 
     def watch_crops(images, u, *how):
-        crops.append(how)
+        crops.append((u, how))
         return datasets.augment(images, u, *how)
 
     monkeypatch.setattr(pretrain, "draw_masks", watch_masks)
     monkeypatch.setattr(pretrain, "augment", watch_crops)
-    flags = "--epochs 1 --decoder-dim 8 --decoder-heads 2 --mask block --mask-ratio 0.5".split()
+    flags = "--decoder-dim 8 --decoder-heads 2 --mask block --mask-ratio 0.5".split()
     pretrain.main([*TINY, *flags, "--crop-scale", "0.7", "--out", str(tmp_path), "--cache",
                    str(cache)])
-    assert set(masks) == {("block", 8, step) for step in range(8)}      # other masks in each step
-    assert set(crops) == {(16, "toy", 0.7)}
+    assert set(masks) == {("block", 8, step) for step in range(16)}     # other masks in each step
+    assert {how for _, how in crops} == {(16, "toy", 0.7)}
+    of_batches = torch.cat([u for u, _ in crops if len(u) == 250])
+    assert len(of_batches.unique(dim=0)) == 2 * 2000                    # and other crops
 
 
 def test_settings_reach_the_model_the_optimizer_and_the_sets(tmp_path, cache, monkeypatch):
-    flags = "--init none --drop-path 0.2 --decoder-layers 3 --weight-decay 0.1 --min-votes 2"
+    flags = ("--init none --drop-path 0.2 --decoder-layers 3 --heads 4 --weight-decay 0.1 "
+             "--min-votes 2")
     caught = [given_to_fit(train, [*flags.split(), "--seed", seed], tmp_path, cache, monkeypatch)
               for seed in "01"]
     _, model, optimizer, faces, _, _, extra, _ = caught[1]
@@ -92,8 +97,25 @@ def test_settings_reach_the_model_the_optimizer_and_the_sets(tmp_path, cache, mo
     assert {g["betas"] for g in optimizer.param_groups} == {(0.9, 0.999)}
     assert [b.drop_path_rate for b in model.encoder.blocks] == [0.0, 0.2]
     assert len(model.head.layers) == 3
+    assert {m.heads for m in model.modules() if hasattr(m, "heads")} == {4}    # in no shape
     assert extra()["candidates"].equal(candidates_from_votes(faces.votes, 2))
     assert not model.head.queries.equal(caught[0][1].head.queries)         # of another seed
+
+
+def test_tau_reaches_eq_3():
+    head, c = train.LabelDecoder(24, 7, 3), dict(uniform="queries", uniform_weight=1.0, tau=0.07)
+    assert train.spread(c, head) == uniform_loss(head.queries, 0.07)
+
+
+@pytest.mark.parametrize("flags, method, out", [
+    ([], "mim-hog", "runs/pretrain-toy"),
+    (["--target", "pixel"], "mim-pixel", "runs/pretrain-toy-pixel")])
+def test_pre_training_writes_where_training_reads(flags, method, out, cache, monkeypatch):
+    runs = []
+    monkeypatch.setattr(pretrain, "fit", lambda run, *rest, **how: runs.append(run))
+    pretrain.main([*TINY, "--decoder-dim", "8", "--decoder-heads", "2", *flags, "--cache",
+                   str(cache)])
+    assert str(runs[0].out) == out == train.parse(["--method", method])["init"]
 
 
 def test_a_split_is_loaded_as_the_flags_say(monkeypatch):
@@ -166,8 +188,29 @@ def test_what_is_dropped_is_another_in_each_step_and_for_each_seed(tmp_path, cac
     assert len(seeds) == len(set(seeds)) == 16
 
 
+def test_what_is_dropped_is_another_in_each_process(cache, monkeypatch):
+    c = train.parse([*TINY, "--init", "none", "--warmup-epochs", "0"])
+    faces, model = load_faces("toy", None, "val", 16, cache=cache), torch.nn.Linear(1, 1)
+    scaler, seeds = torch.amp.GradScaler("cpu", enabled=False), []
+
+    def step_loss(network, images, indices, step):
+        seeds.append(torch.initial_seed())
+        return network.weight.sum(), {}
+
+    monkeypatch.setattr(pretrain, "anywhere", lambda run, *flags: (False, True))   # one step
+    for rank in (0, 1):
+        optimizer = torch.optim.SGD([{"params": model.parameters(), "scale": 1.0}], 0.1)
+        pretrain.train_epoch(Run(c, rank, 2, CPU), model, optimizer, scaler, faces, step_loss,
+                             {"step": 0, "sums": {}}, [])
+    assert len(seeds) == len(set(seeds)) == 2
+
+
 def test_a_run_goes_on_from_another_place_and_with_other_workers(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     config = {**read_state(trained)["config"], "resume": True, "out": str(tmp_path / "run"),
               "workers": 2, "data_dir": "D", "cache": "C", "picture_every": 7}
     assert pretrain.saved_state(Run(config, 0, 1, CPU))["step"] == 16
+    place = {"resume", "workers", "device", "out", "data_dir", "cache", "picture_every"}
+    for name in config.keys() - place - {"stage"}:
+        with pytest.raises(InputError, match=f" {name} was .*, is another"):
+            pretrain.saved_state(Run({**config, name: "another"}, 0, 1, CPU))

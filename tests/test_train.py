@@ -235,6 +235,10 @@ def test_going_on_with_or_judging_by_other_faces_is_refused(pretrained, trained,
     faces = load_faces("toy", None, "train", 16, cache=cache)
     run, state = pretrain.Run({"out": str(trained)}, 0, 1, CPU), read_state(trained)
     pretrain.same_faces(run, state, faces)
+    faces.names.reverse()                        # C has a row for each place in the list
+    with pytest.raises(InputError, match=OTHER_FACES):
+        pretrain.same_faces(run, state, faces)
+    faces.names.reverse()
     faces.names[0] = "another"
     with pytest.raises(InputError, match=OTHER_FACES):
         pretrain.same_faces(run, state, faces)
@@ -342,7 +346,7 @@ def test_blocks_learn_at_their_own_rates(tmp_path, cache, monkeypatch):
     train.main([*TINY, "--init", "none", "--layer-decay", "0.5", "--lr", "1e-3", "--epochs", "1",
                 "--warmup-epochs", "0", "--out", str(tmp_path), "--cache", str(cache)])
     assert rates[0] == pytest.approx({1.0: 1e-3, 0.5: 5e-4, 0.25: 2.5e-4, 0.125: 1.25e-4})
-    assert rates[-1][1.0] < rates[0][1.0]
+    assert rates[-1][1.0] < rates[0][1.0] and read_log(tmp_path)[0]["lr"] == rates[-1][1.0]
 
 
 @pytest.mark.parametrize("flags", [
@@ -357,7 +361,7 @@ def test_the_other_ways_of_pre_training_learn_too(flags, tmp_path, cache):
 def test_another_number_of_heads_is_no_secret(pretrained):
     """It is in no tensor's shape, so that the weights alone would fit."""
     config = {**train.parse(["--init", str(pretrained), *TINY]), "heads": 4}
-    with pytest.raises(InputError, match="its config has 2 heads, this command 4; give the same --h"):
+    with pytest.raises(InputError, match="its config has 2 heads, this command 4; give the same"):
         train.initial_weights(config, pretrain.build_encoder(config))
 
 

@@ -427,6 +427,21 @@ def test_memory_is_flat_over_200_steps(tmp_path, cache, monkeypatch):
     assert len(used) == 280 and max(used[80:]) - used[79] < 10    # megabytes
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *how, n=name, f=real: (done.append(n), f(*how))[1])
+    pretrain.save_checkpoint(tmp_path / "last.pt", {"stage": "train"})
+    assert done == ["fsync", "replace"]
+
+
+def test_pace_counts_the_faces_of_all_processes():
+    run = pretrain.Run({"batch_size": 250}, 0, 2, CPU, parts=5)
+    told = pretrain.pace(run, time.time() - 10, done=4, left=8)
+    assert told["images_per_second"] == pytest.approx(100, rel=0.01) and told["seconds_left"] == 10
+
+
 def test_an_epoch_tells_how_long_is_left_and_where_time_goes(trained):
     for line, left in zip((trained / "log.jsonl").read_text().splitlines(), (True, False)):
         record = json.loads(line)

@@ -1,0 +1,128 @@
+"""datasets.augment: what of a face is changed at random, how far and how often."""
+import pytest
+import torch
+
+from datasets import augment, prepare
+
+
+def plain_batch(n=64):
+    values = torch.rand(n, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    return (values * 255).to(torch.uint8)
+
+
+def uniform_rows(n=64, value=None):
+    u = torch.rand(n, 12, generator=torch.Generator().manual_seed(1))
+    return u if value is None else torch.full_like(u, value)
+
+
+def test_augmentation_without_change_is_preparation():
+    u = uniform_rows()                                                # --crop-scale 1: no crop
+    u[:, 4] = 0.9                                                     # no flip
+    plain = augment(plain_batch(), u, 24, "toy", scale=1.0)
+    torch.testing.assert_close(plain, prepare(plain_batch(), 24, "toy"), rtol=1e-4, atol=1e-4)
+    u[:, 4] = 0.0                                                     # a flip and nothing else
+    torch.testing.assert_close(augment(plain_batch(), u, 24, "toy", scale=1.0).flip(-1), plain,
+                               rtol=1e-4, atol=1e-4)
+
+
+def test_crops_rotations_and_light_are_what_was_asked_for():
+    """A ramp of brightness tells where the corners of a crop lie in the picture."""
+    across = torch.arange(0, 256, 4, dtype=torch.uint8).expand(1, 1, 64, 64)   # 4 a pixel
+    down, u = across.transpose(2, 3), uniform_rows(500)
+    u[:, 4] = 0.9                                            # no flip
+
+    def seen(image, **how):                                  # where a pixel came from, 0 .. 64
+        x = augment(image.expand(500, -1, -1, -1), u, 64, "ferplus", **how)[:, 0]
+        return (x * 0.255 + 0.508) * 255 / 4 + 0.5
+
+    x, y = seen(across, scale=0.5), seen(down, scale=0.5)
+    w = (x[:, 32, 60] - x[:, 32, 3]) / 57                    # share of the width, (500,)
+    h = (y[:, 60, 32] - y[:, 3, 32]) / 57
+    assert 0.48 < (w * h).min() < 0.55 and 0.9 < (w * h).max() < 1.02
+    assert w.min() > 0.59 and w.max() < 1.02 and 0.7 < (w / h).min() and (w / h).max() < 1.36
+    area = 0.5 + 0.5 * u[:, 0]
+    torch.testing.assert_close(w * h, area, rtol=0.02, atol=0.01)      # exactly what was drawn
+    left = x[:, 32, 3] - 3 * w
+    assert left.min() > -1 and (left + 64 * w).max() < 65    # no crop leaves the picture
+    assert left.std() > 2 and y[:, 3, 32].std() > 2
+    u[:, 1] = 0.5                                            # square crops
+    turned = seen(across, scale=1.0, degrees=15.0)[:, 16:48, 16:48]
+    slope = (turned[:, -1, 16] - turned[:, 0, 16]) / (turned[:, 16, -1] - turned[:, 16, 0])
+    angles = slope.atan() * 180 / torch.pi
+    assert 13 < angles.max() < 15.5 and -15.5 < angles.min() < -13
+    lit = (seen(across, scale=1.0, light=0.3) - 0.5) / 63.75     # brightness 0 .. 1
+    middle, contrast = lit[:, 32, 31:33].mean(1), (lit[:, 32, 36] - lit[:, 32, 27]) * 63.75 / 9
+    assert 0.18 < middle.min() < 0.25 and 0.75 < middle.max() < 0.82
+    assert 0.69 < contrast.min() < 0.75 and 1.25 < contrast.max() < 1.31
+
+
+def test_a_face_is_augmented_alike_however_the_batch_is_divided():
+    images, u = plain_batch(), uniform_rows()
+    settings = dict(scale=0.5, degrees=15.0, light=0.3, erase=0.5)
+    whole = augment(images, u, 32, "toy", **settings)
+    parts = [augment(images[i:i + 16], u[i:i + 16], 32, "toy", **settings)
+             for i in range(0, 64, 16)]
+    torch.testing.assert_close(torch.cat(parts), whole)
+    assert whole.shape == (64, 3, 32, 32) and whole.isfinite().all()
+
+
+def test_erasing_happens_as_often_as_asked_and_grey_becomes_three_channels():
+    white = torch.full((2000, 1, 24, 24), 255, dtype=torch.uint8)
+    x = augment(white, uniform_rows(2000), 24, "ferplus", scale=1.0, erase=0.25)
+    assert x.shape == (2000, 3, 24, 24) and x[:, 0].equal(x[:, 2])
+    share = (x == 0).float().mean((1, 2, 3))
+    assert (share > 0).float().mean() == pytest.approx(0.25, abs=0.04)
+    assert 0.02 < share[share > 0].mean() < 0.33
+
+
+def test_a_turned_face_has_no_black_corners():
+    white = torch.full((64, 1, 24, 24), 255, dtype=torch.uint8)
+    x = augment(white, uniform_rows(), 24, "ferplus", scale=1.0, degrees=45.0)
+    torch.testing.assert_close(x, x[0, 0, 12, 12].expand_as(x))
+
+
+def test_what_is_erased_lies_anywhere_and_has_any_shape():
+    white = torch.full((4000, 1, 24, 24), 255, dtype=torch.uint8)
+    erased = (augment(white, uniform_rows(4000), 48, "ferplus", scale=1.0, erase=1.0) == 0)[:, 0]
+    often = erased.float().mean(dim=0)                               # (48, 48)
+    for turned in (often.flip(0), often.flip(1), often.T):
+        assert (often - turned).abs().max() < 0.05
+    assert 0 < often[0, 0] < 0.05 and often[24, 24] > 0.2
+    high, wide = erased.any(2).sum(1), erased.any(1).sum(1)          # in pixels
+    assert 3 < (high / wide).max() < 4.5 and 3 < (wide / high).max() < 4.5      # 3.3, but whole
+
+
+def test_each_random_number_of_an_augmentation_has_a_part_of_its_own():
+    seen = lambda u: augment(plain_batch(), u, 24, "toy", 0.5, 15.0, 0.3, 1.0)
+    for k in range(12):
+        u = uniform_rows()
+        u[:, k] = (u[:, k] + 0.5) % 1
+        assert not seen(u).equal(seen(uniform_rows())), k
+
+
+def test_crops_lie_anywhere_and_contrast_does_not_follow_brightness():
+    u, slope = uniform_rows(2000), torch.arange(70, 190, 5, dtype=torch.uint8)   # round mid-grey
+    correlation = lambda a, b: torch.corrcoef(torch.stack([a, b]))[0, 1].abs()
+    left, top = (augment(x.expand(2000, 1, 24, 24), u, 24, "ferplus", 0.5)[:, 0].mean((1, 2))
+                 for x in (slope, slope[:, None]))
+    assert correlation(left, top) < 0.1
+    lit = augment(slope.expand(2000, 1, 24, 24), u, 24, "ferplus", 1.0, light=0.1)[:, 0]
+    assert correlation(lit.mean((1, 2)), lit.std((1, 2))) < 0.1
+
+
+def test_bright_light_stays_within_the_range_of_pixels():
+    white = torch.full((64, 1, 24, 24), 255, dtype=torch.uint8)
+    assert augment(white, uniform_rows(), 24, "ferplus", 1.0, light=0.5).max() <= \
+        prepare(white, 24, "ferplus").max()
+
+
+def test_half_of_the_faces_are_turned_round_and_as_many_of_these_erased():
+    slope = torch.arange(0, 240, 10, dtype=torch.uint8).expand(4000, 1, 24, 24)
+    x = augment(slope, uniform_rows(4000), 24, "ferplus", scale=1.0)[:, 0]
+    turned = x[:, 0, 0] > x[:, 0, -1]
+    assert turned.float().mean() == pytest.approx(0.5, abs=0.04)
+    white = torch.full((4000, 1, 24, 24), 255, dtype=torch.uint8)
+    x = augment(white, uniform_rows(4000), 24, "ferplus", scale=1.0, erase=0.25)
+    erased = (x == 0).flatten(1).any(dim=1)
+    for rows in (turned, ~turned):
+        assert erased[rows].float().mean() == pytest.approx(0.25, abs=0.04)
