@@ -219,9 +219,11 @@ def test_affectnet_faces_are_aligned_by_their_own_landmarks(tmp_path):
 
     for i in range(3):
         face = Image.new("RGB", (100, 100), (80 * i, 0, 0))
+        face.paste((80 * i, 0, 200), (0, 0, 100, 50))                # blue above
         ImageOps.expand(face, 60, (0, 255, 0)).save(tmp_path / f"{i}.png")
-    red, green, _ = read(0)[..., 3:-3, 3:-3].unbind(1)
+    red, green, blue = read(0)[..., 3:-3, 3:-3].unbind(1)
     assert red.mean((1, 2)).tolist() == pytest.approx([0, 160], abs=3) and green.max() < 20
+    assert blue[:, :11].min() > 180 and blue[:, 15:].max() < 20
     assert read(40)[:, 1].mean() > 100                 # other landmarks: most of it is the frame
 
 
