@@ -491,6 +491,8 @@ def test_shrinking_averages_and_does_not_pick():
     images = ((torch.arange(96) % 4 == 0) * 255).byte().expand(1, 1, 96, 96)   # one column of four
     inner = datasets.resize(images, 24)[..., 2:-2]
     torch.testing.assert_close(inner, torch.full_like(inner, 0.25), rtol=0, atol=0.05)
+    stored = datasets.to_array(Image.fromarray(images[0, 0].numpy()), 24)[..., 2:-2] / 255.0
+    assert abs(stored - 0.25).max() < 0.05
 
 
 def test_the_majority_convention_reaches_the_faces(tmp_path):

@@ -243,6 +243,25 @@ def test_a_checkpoint_named_by_file_is_not_mistaken_for_its_folder(trained, tmp_
     evaluate.main([str(tmp_path / "model.pt"), "--json"])
     assert json.loads(capsys.readouterr().out)["faces"] == 1000
     assert (tmp_path / "test.json").read_text() == '{"accuracy": 9}'      # and nothing is written
+    shutil.copy(trained / "last.pt", tmp_path / "last.pt")                # now it is made anew
+    evaluate.main([str(tmp_path), "--json"])
+    assert json.loads((tmp_path / "test.json").read_text())["faces"] == 1000
+
+
+def test_where_the_data_lie_now_takes_the_place_of_what_the_run_had(monkeypatch):
+    class Asked(Exception):
+        """What `evaluate` was given."""
+
+    def ask(path, split, overrides):
+        raise Asked(path, split, overrides)
+    monkeypatch.setattr(evaluate, "evaluate", ask)
+    with pytest.raises(Asked) as asked:
+        evaluate.main("RUN --split val --data-dir D --partial --cache C --device cpu".split())
+    assert asked.value.args == ("RUN", "val", dict(data_dir="D", partial=True, cache="C",
+                                                   device="cpu", deterministic=False, accumulate=1))
+    with pytest.raises(Asked) as asked:
+        evaluate.main(["RUN"])                                            # as in training
+    assert asked.value.args[2].keys() == {"device", "deterministic", "accumulate"}
 
 
 def test_labels_that_were_given_up_are_struck_through(cache):

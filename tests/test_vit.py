@@ -39,6 +39,16 @@ def test_logits_and_gradients_equal_torchvision():
     torch.testing.assert_close(ours_x.grad, theirs_x.grad, rtol=1e-4, atol=1e-4)
 
 
+def test_the_names_that_torchvisions_weights_were_saved_with_are_read():
+    """IMAGENET1K_V1 has those of before torchvision 0.12, whose own models rename them."""
+    state = tv.VisionTransformer(32, 8, 3, 3, 24, 96, num_classes=5).state_dict()
+    old = {name.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): value
+           for name, value in state.items()}
+    assert old.keys() != state.keys()
+    now, before = from_torchvision(state), from_torchvision(old)
+    assert now.keys() == before.keys() and all(now[k].equal(before[k]) for k in now)
+
+
 def test_vit_b_16_equals_torchvision_and_has_its_parameters():
     torch.manual_seed(0)
     theirs = tv.vit_b_16(weights=None).eval()
