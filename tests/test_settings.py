@@ -205,11 +205,14 @@ def test_what_is_dropped_is_another_in_each_process(cache, monkeypatch):
     assert len(seeds) == len(set(seeds)) == 2
 
 
-def test_a_run_goes_on_from_another_place_and_with_other_workers(trained, tmp_path):
+def test_a_run_goes_on_from_another_place_and_with_other_workers_alone(trained, tmp_path,
+                                                                       monkeypatch):
     shutil.copytree(trained, tmp_path / "run")
     config = {**read_state(trained)["config"], "resume": True, "out": str(tmp_path / "run"),
               "workers": 2, "data_dir": "D", "cache": "C", "picture_every": 7}
-    assert pretrain.saved_state(Run(config, 0, 1, CPU))["step"] == 16
+    state = pretrain.saved_state(Run(config, 0, 1, CPU))
+    assert state["step"] == 16
+    monkeypatch.setattr(pretrain, "load_checkpoint", lambda path, stage: state)
     place = {"resume", "workers", "device", "out", "data_dir", "cache", "picture_every"}
     for name in config.keys() - place - {"stage"}:
         with pytest.raises(InputError, match=f" {name} was .*, is another"):

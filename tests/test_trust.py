@@ -132,7 +132,8 @@ def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
             f"import pretrain; path = pathlib.Path({str(path)!r}); step = 0\n"
             "while True:\n"
             "    x = torch.full((5_000_000,), float(step))\n"
-            "    pretrain.save_checkpoint(path, {'stage': 'train', 'step': step, 'x': x})\n"
+            "    pretrain.save_checkpoint(path, {'stage': 'train', 'log': [], 'config': {},\n"
+            "                                    'model': {'x': x}, 'step': step})\n"
             "    step += 1\n")
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
@@ -143,7 +144,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
         run.kill()
         run.wait()
         state = pretrain.load_checkpoint(path, "train")
-        assert (state["x"] == state["step"]).all()
+        assert (state["model"]["x"] == state["step"]).all()
         step = max(step, state["step"])
     assert step > 0                                      # one at least was replaced
 
@@ -252,7 +253,8 @@ def test_a_full_disk_is_an_error_before_training(tmp_path, cache, pretrained):
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
-    pretrain.save_checkpoint(path, {"stage": "train", "step": 1})
+    pretrain.save_checkpoint(path, {"stage": "train", "log": [], "config": {}, "model": {},
+                                    "step": 1})
 
     def fail(state, file):
         file.write(b"half a checkpoint")
