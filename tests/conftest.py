@@ -22,6 +22,7 @@ CPU = torch.device("cpu")
 # ResNet-18, which is never small, has a quarter of the faces in as many steps.
 SHORT = "--image-size 16 --batch-size 250 --epochs 2 --warmup-epochs 1".split()
 TINY = [*SHORT, *"--patch-size 4 --dim 16 --depth 2 --heads 2".split()]
+DECODER = ["--decoder-dim", "8", "--decoder-heads", "2"]         # of pre-training, as small
 RESNET = [*SHORT, *"--val 0.75 --batch-size 62 --lr 3e-4".split()]
 
 
@@ -117,8 +118,7 @@ def cache(tmp_path_factory):
 def pretrained(tmp_path_factory, cache):
     """A tiny pre-training run of the toy."""
     out = tmp_path_factory.mktemp("runs") / "pretrain"
-    run_script("pretrain.py", *TINY, "--decoder-dim", 8, "--decoder-heads", 2, "--out", out,
-               "--cache", cache)
+    run_script("pretrain.py", *TINY, *DECODER, "--out", out, "--cache", cache)
     return out
 
 

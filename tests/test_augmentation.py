@@ -10,6 +10,10 @@ def plain_batch(n=64):
     return (values * 255).to(torch.uint8)
 
 
+def white(n=64):
+    return torch.full((n, 1, 24, 24), 255, dtype=torch.uint8)
+
+
 def uniform_rows(n=64, value=None):
     u = torch.rand(n, 12, generator=torch.Generator().manual_seed(1))
     return u if value is None else torch.full_like(u, value)
@@ -67,8 +71,7 @@ def test_a_face_is_augmented_alike_however_the_batch_is_divided():
 
 
 def test_erasing_happens_as_often_as_asked_and_grey_becomes_three_channels():
-    white = torch.full((2000, 1, 24, 24), 255, dtype=torch.uint8)
-    x = augment(white, uniform_rows(2000), 24, "ferplus", scale=1.0, erase=0.25)
+    x = augment(white(2000), uniform_rows(2000), 24, "ferplus", scale=1.0, erase=0.25)
     assert x.shape == (2000, 3, 24, 24) and x[:, 0].equal(x[:, 2])
     share = (x == 0).float().mean((1, 2, 3))
     assert (share > 0).float().mean() == pytest.approx(0.25, abs=0.04)
@@ -76,14 +79,13 @@ def test_erasing_happens_as_often_as_asked_and_grey_becomes_three_channels():
 
 
 def test_a_turned_face_has_no_black_corners():
-    white = torch.full((64, 1, 24, 24), 255, dtype=torch.uint8)
-    x = augment(white, uniform_rows(), 24, "ferplus", scale=1.0, degrees=45.0)
+    x = augment(white(), uniform_rows(), 24, "ferplus", scale=1.0, degrees=45.0)
     torch.testing.assert_close(x, x[0, 0, 12, 12].expand_as(x))
 
 
 def test_what_is_erased_lies_anywhere_and_has_any_shape():
-    white = torch.full((4000, 1, 24, 24), 255, dtype=torch.uint8)
-    erased = (augment(white, uniform_rows(4000), 48, "ferplus", scale=1.0, erase=1.0) == 0)[:, 0]
+    x = augment(white(4000), uniform_rows(4000), 48, "ferplus", scale=1.0, erase=1.0)
+    erased = (x == 0)[:, 0]
     often = erased.float().mean(dim=0)                               # (48, 48)
     for turned in (often.flip(0), often.flip(1), often.T):
         assert (often - turned).abs().max() < 0.05
@@ -94,10 +96,11 @@ def test_what_is_erased_lies_anywhere_and_has_any_shape():
 
 def test_each_random_number_of_an_augmentation_has_a_part_of_its_own():
     seen = lambda u: augment(plain_batch(), u, 24, "toy", 0.5, 15.0, 0.3, 1.0)
+    before = seen(uniform_rows())
     for k in range(12):
         u = uniform_rows()
         u[:, k] = (u[:, k] + 0.5) % 1
-        assert not seen(u).equal(seen(uniform_rows())), k
+        assert not seen(u).equal(before), k
 
 
 def test_crops_lie_anywhere_and_contrast_does_not_follow_brightness():
@@ -111,9 +114,8 @@ def test_crops_lie_anywhere_and_contrast_does_not_follow_brightness():
 
 
 def test_bright_light_stays_within_the_range_of_pixels():
-    white = torch.full((64, 1, 24, 24), 255, dtype=torch.uint8)
-    assert augment(white, uniform_rows(), 24, "ferplus", 1.0, light=0.5).max() <= \
-        prepare(white, 24, "ferplus").max()
+    assert augment(white(), uniform_rows(), 24, "ferplus", 1.0, light=0.5).max() <= \
+        prepare(white(), 24, "ferplus").max()
 
 
 def test_half_of_the_faces_are_turned_round_and_as_many_of_these_erased():
@@ -121,8 +123,7 @@ def test_half_of_the_faces_are_turned_round_and_as_many_of_these_erased():
     x = augment(slope, uniform_rows(4000), 24, "ferplus", scale=1.0)[:, 0]
     turned = x[:, 0, 0] > x[:, 0, -1]
     assert turned.float().mean() == pytest.approx(0.5, abs=0.04)
-    white = torch.full((4000, 1, 24, 24), 255, dtype=torch.uint8)
-    x = augment(white, uniform_rows(4000), 24, "ferplus", scale=1.0, erase=0.25)
+    x = augment(white(4000), uniform_rows(4000), 24, "ferplus", scale=1.0, erase=0.25)
     erased = (x == 0).flatten(1).any(dim=1)
     for rows in (turned, ~turned):
         assert erased[rows].float().mean() == pytest.approx(0.25, abs=0.04)

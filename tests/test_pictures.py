@@ -12,8 +12,8 @@ import evaluate
 import hog
 import pll
 import pretrain
-from conftest import (ROOT, TINY, faces_with, flags_for, given_to_fit, read_state, run_script,
-                      shown_accuracy)
+from conftest import (DECODER, ROOT, TINY, faces_with, flags_for, given_to_fit, read_state,
+                      run_script, shown_accuracy)
 from datasets import DATA, TEMPLATE, load_faces, to_picture
 from decoder import heat
 from hog import BINS, edge, glyphs
@@ -133,8 +133,8 @@ def test_attention_is_red_where_a_label_looks():
 
 
 def test_pre_training_draws_what_it_predicts(tmp_path, cache):
-    flags = [*TINY, "--decoder-dim", "8", "--decoder-heads", "2", "--epochs", "3", "--cache",
-             str(cache), "--picture-every", "2", "--out"]
+    flags = [*TINY, *DECODER, "--epochs", "3", "--cache", str(cache), "--picture-every", "2",
+             "--out"]
     pretrain.main([*flags, str(tmp_path / "hog")])
     pretrain.main([*flags, str(tmp_path / "pixel"), "--target", "pixel"])
     for target in ("hog", "pixel"):
@@ -164,8 +164,7 @@ class Nothing(torch.nn.Module):
 
 
 def test_the_target_stands_before_the_prediction(tmp_path, cache, monkeypatch):
-    run, _, _, faces, *_ = given_to_fit(pretrain, ["--decoder-dim", "8", "--decoder-heads", "2"],
-                                        tmp_path, cache, monkeypatch)
+    run, _, _, faces, *_ = given_to_fit(pretrain, DECODER, tmp_path, cache, monkeypatch)
     sheet = np.asarray(pretrain.reconstruction(run, Nothing(), faces, ""))
     target, predicted = (sheet[97:383, 17 + k * 304:303 + k * 304] for k in (2, 3))
     assert (predicted == 255).all() and not (target == 255).all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pretrain
-from conftest import given_to_fit
+from conftest import DECODER, given_to_fit
 from datasets import InputError
 from hog import hog_targets
 from pretrain import (MaskedModel, block_mask, draw_masks, learning_rate, load_checkpoint,
@@ -213,7 +213,7 @@ def test_neighbouring_steps_share_no_masks_of_blocks():
 
 
 def test_a_step_of_pre_training_predicts_what_it_hides(tmp_path, cache, monkeypatch):
-    flags = "--seed 3 --weight-decay 0.1 --decoder-dim 8 --decoder-heads 2".split()
+    flags = [*DECODER, "--seed", "3", "--weight-decay", "0.1"]
     run, model, optimizer, faces, step_loss, _ = given_to_fit(pretrain, flags, tmp_path, cache,
                                                               monkeypatch)
     asked, rows = [], torch.arange(250)

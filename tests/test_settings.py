@@ -7,7 +7,7 @@ import torch
 import datasets
 import pretrain
 import train
-from conftest import CPU, TINY, faces_with, flags_for, given_to_fit, read_state
+from conftest import CPU, DECODER, TINY, faces_with, flags_for, given_to_fit, read_state
 from datasets import InputError, load_faces
 from pll import candidates_from_votes, uniform_loss
 from pretrain import Run, batches, learning_rate, uniforms
@@ -77,9 +77,8 @@ def test_masks_and_crops_of_pre_training_are_those_asked_for(tmp_path, cache, mo
 
     monkeypatch.setattr(pretrain, "draw_masks", watch_masks)
     monkeypatch.setattr(pretrain, "augment", watch_crops)
-    flags = "--decoder-dim 8 --decoder-heads 2 --mask block --mask-ratio 0.5".split()
-    pretrain.main([*TINY, *flags, "--crop-scale", "0.7", "--out", str(tmp_path), "--cache",
-                   str(cache)])
+    flags = "--mask block --mask-ratio 0.5 --crop-scale 0.7".split()
+    pretrain.main([*TINY, *DECODER, *flags, "--out", str(tmp_path), "--cache", str(cache)])
     assert set(masks) == {("block", 8, step) for step in range(16)}     # other masks in each step
     assert {how for _, how in crops} == {(16, "toy", 0.7)}
     of_batches = torch.cat([u for u, _ in crops if len(u) == 250])
@@ -114,8 +113,7 @@ def test_pre_training_writes_where_training_reads(flags, method, out, cache, mon
     runs = []
     monkeypatch.setattr(pretrain, "fit", lambda run, *rest, **how: runs.append(run))
     monkeypatch.setattr(pretrain, "mean_target", lambda run, faces: None)       # takes seconds
-    pretrain.main([*TINY, "--decoder-dim", "8", "--decoder-heads", "2", *flags, "--cache",
-                   str(cache)])
+    pretrain.main([*TINY, *DECODER, *flags, "--cache", str(cache)])
     assert str(runs[0].out) == out == train.parse(["--method", method])["init"]
 
 

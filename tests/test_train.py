@@ -12,7 +12,7 @@ import decoder
 import evaluate
 import pretrain
 import train
-from conftest import CPU, ROOT, TINY, read_log, read_state, run_script
+from conftest import CPU, DECODER, ROOT, TINY, read_log, read_state, run_script
 from datasets import InputError, load_faces
 from pll import initial_confidence, is_revised
 from pretrain import Run, command_line
@@ -99,7 +99,7 @@ def test_no_gradient_goes_through_the_table():
 
 
 @pytest.mark.parametrize("script, flags", [
-    ("pretrain.py", ["--decoder-dim", 8, "--decoder-heads", 2]),
+    ("pretrain.py", DECODER),
     ("train.py", ["--init", "none", "--warmup-revision", 1, "--threshold", 0.01, "--lr", 1e-3])])
 def test_two_processes_equal_one(script, flags, tmp_path, cache):
     """24 steps of each stage."""
@@ -117,7 +117,7 @@ def test_two_processes_equal_one(script, flags, tmp_path, cache):
 
 
 @pytest.mark.parametrize("script, flags", [
-    (pretrain, ["--decoder-dim", "8", "--decoder-heads", "2"]),
+    (pretrain, DECODER),
     (train, ["--init", "none", "--warmup-revision", "1", "--threshold", "0.01", "--lr", "1e-3"])])
 def test_a_batch_in_parts_equals_a_whole_one(script, flags, tmp_path, cache):
     """16 steps of each stage, each in five parts: less memory, the same run but for rounding."""
@@ -242,13 +242,12 @@ def test_going_on_with_or_judging_by_other_faces_is_refused(pretrained, trained,
     faces.names[0] = "another"
     with pytest.raises(InputError, match=OTHER_FACES):
         pretrain.same_faces(run, state, faces)
-    for script, run, flags in ((pretrain, pretrained, "--decoder-dim 8 --decoder-heads 2"),
-                               (train, trained, f"--init {pretrained} --warmup-revision 1 "
-                                                "--threshold 0.02")):
+    for script, run, flags in ((pretrain, pretrained, DECODER),
+                               (train, trained, ["--init", str(pretrained), "--warmup-revision",
+                                                 "1", "--threshold", "0.02"])):
         folder = changed(run, tmp_path / script.__name__, faces="others")
         with pytest.raises(InputError, match=OTHER_FACES):
-            script.main([*TINY, *flags.split(), "--cache", str(cache), "--out", folder,
-                         "--resume"])
+            script.main([*TINY, *flags, "--cache", str(cache), "--out", folder, "--resume"])
     with pytest.raises(InputError, match=OTHER_FACES):
         evaluate.evaluate(tmp_path / "train", "test", {"device": "cpu"})
 
@@ -320,8 +319,7 @@ def test_an_error_of_the_first_process_ends_all_of_them_at_once(tmp_path, cache)
 
 
 def test_loading_processes_change_nothing(pretrained, tmp_path, cache):
-    run_script("pretrain.py", *TINY, "--decoder-dim", 8, "--decoder-heads", 2, "--out", tmp_path,
-               "--cache", cache, "--workers", 2)
+    run_script("pretrain.py", *TINY, *DECODER, "--out", tmp_path, "--cache", cache, "--workers", 2)
     assert read_log(tmp_path) == read_log(pretrained)
 
 
@@ -350,7 +348,7 @@ def test_blocks_learn_at_their_own_rates(tmp_path, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--target", "pixel", "--mask", "random", "--decoder-dim", "8", "--decoder-heads", "2"],
+    ["--target", "pixel", "--mask", "random", *DECODER],
     ["--encoder", "maskfeat"]])
 def test_the_other_ways_of_pre_training_learn_too(flags, tmp_path, cache):
     pretrain.main([*TINY, *flags, "--lr", "3e-3", "--out", str(tmp_path), "--cache", str(cache)])

@@ -13,13 +13,11 @@ import torch
 
 import pretrain
 import train
-from conftest import CPU, ROOT, TINY, flags_for, read_log, read_state, run_script
+from conftest import CPU, DECODER, ROOT, TINY, flags_for, read_log, read_state, run_script
 from datasets import InputError
 from pll import (cc_loss, contrastive_loss, lw_loss, lw_weights, pll_loss, rc_update, revise,
                  simplex, target_loss, top2, uniform_loss)
 from test_train import same
-
-DECODER = ["--decoder-dim", "8", "--decoder-heads", "2"]
 
 
 def flags_of(flags, out, cache, *more):
