@@ -1,14 +1,17 @@
 """What the tests share: the project's files on the path, and runs of its command lines."""
 import json
+import multiprocessing
 import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -17,6 +20,10 @@ import train  # noqa: E402
 from datasets import Faces  # noqa: E402
 
 CPU = torch.device("cpu")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}    # of a process of its own
+
+# Tiny networks gain nothing from a second thread, and lose much where other work shares the cores.
+torch.set_num_threads(1)
 
 # A run of seconds: small pictures, a small model, few steps (counts of the toy: 2000, 500, 1000).
 # ResNet-18, which is never small, has a quarter of the faces in as many steps.
@@ -44,11 +51,34 @@ def run_script(script, *flags, processes=1, status=0, cwd=None):
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, **ONE_THREAD}
     done = subprocess.run(command + [str(ROOT / script), *map(str, flags)], capture_output=True,
                           text=True, cwd=cwd, env=environment, timeout=300)
     assert done.returncode == status, done.stdout + done.stderr
     return done
+
+
+def as_rank(rank, port, work, args):
+    """work(*args) as process `rank` of two, with what torchrun would have set."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    work(*args)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def two_processes(work, *args):
+    """work(*args) in two processes of one group: torchrun's, without its start of seconds.
+
+    They are forked from a server that has imported torch once and run nothing. Raises torch's
+    ProcessRaisedException, with the traceback, for what one of them raises.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.set_forkserver_preload(["torchvision", "pytest"])
+    torch.multiprocessing.start_processes(as_rank, (port, work, args), nprocs=2,
+                                          start_method="forkserver")
 
 
 def read_log(folder):

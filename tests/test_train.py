@@ -1,4 +1,5 @@
 """The command lines: what a run leaves behind, resume, two processes against one, wrong input."""
+import contextlib
 import json
 import pickle
 import shutil
@@ -12,7 +13,8 @@ import decoder
 import evaluate
 import pretrain
 import train
-from conftest import CPU, DECODER, ROOT, TINY, read_log, read_state, run_script
+from conftest import (CPU, DECODER, ROOT, TINY, read_log, read_state, run_script,
+                      two_processes)
 from datasets import InputError, load_faces
 from pll import initial_confidence, is_revised
 from pretrain import Run, command_line
@@ -64,8 +66,8 @@ def test_confidence_after_training_is_a_revision_of_the_start(trained):
 
 
 def test_the_encoder_starts_from_pre_training(pretrained, trained, tmp_path, cache):
-    run_script("train.py", *TINY, "--init", pretrained, "--out", tmp_path, "--cache", cache,
-               "--epochs", 1, "--lr", 0, "--warmup-epochs", 0)
+    train.main([*TINY, "--init", str(pretrained), "--out", str(tmp_path), "--cache", str(cache),
+                "--epochs", "1", "--lr", "0", "--warmup-epochs", "0"])
     before, after = read_state(pretrained)["model"], read_state(tmp_path)["model"]
     for name, value in after.items():
         if name.startswith("encoder."):
@@ -99,17 +101,17 @@ def test_no_gradient_goes_through_the_table():
 
 
 @pytest.mark.parametrize("script, flags", [
-    ("pretrain.py", DECODER),
-    ("train.py", ["--init", "none", "--warmup-revision", 1, "--threshold", 0.01, "--lr", 1e-3])])
+    (pretrain, DECODER),
+    (train, ["--init", "none", "--warmup-revision", "1", "--threshold", "0.01", "--lr", "1e-3"])])
 def test_two_processes_equal_one(script, flags, tmp_path, cache):
     """24 steps of each stage."""
-    flags = [*TINY, "--epochs", 3, *flags, "--cache", cache]
-    run_script(script, *flags, "--out", tmp_path / "one")
-    run_script(script, *flags, "--out", tmp_path / "two", processes=2)
+    flags = [*TINY, "--epochs", "3", *flags, "--cache", str(cache)]
+    script.main([*flags, "--out", str(tmp_path / "one")])
+    two_processes(script.main, [*flags, "--out", str(tmp_path / "two")])
     assert same(read_log(tmp_path / "one"), read_log(tmp_path / "two"), 1e-4)
     one, two = read_state(tmp_path / "one"), read_state(tmp_path / "two")
     assert same(one["model"], two["model"], 1e-3)
-    if script == "train.py":
+    if script is train:
         assert one["candidates"].equal(two["candidates"])
         differing = (one["confidence"] != two["confidence"]).any(1).float().mean()
         several = two["candidates"].sum(1) > 1
@@ -129,13 +131,21 @@ def test_a_batch_in_parts_equals_a_whole_one(script, flags, tmp_path, cache):
                 1e-3)
 
 
+def printed_into(path, main, flags):
+    """main(flags), what it prints written into a file that all processes add to."""
+    with open(path, "a") as file, contextlib.redirect_stdout(file):
+        main(flags)
+
+
 def test_two_processes_in_parts_equal_one(tmp_path, cache):
     """The gradients of the parts are summed in each process and exchanged once."""
-    flags = [*TINY, "--init", "none", "--lr", "1e-3", "--cache", cache, "--epochs", 1,
-             "--warmup-epochs", 0]
-    run_script("train.py", *flags, "--out", tmp_path / "one")
-    done = run_script("train.py", *flags, "--out", tmp_path / "two", "--accumulate", 5, processes=2)
-    assert "global batch 250 = 2 x 5 parts x 25, cpu" in done.stdout
+    flags = [*TINY, "--init", "none", "--lr", "1e-3", "--cache", str(cache), "--epochs", "1",
+             "--warmup-epochs", "0"]
+    train.main([*flags, "--out", str(tmp_path / "one")])
+    two_processes(printed_into, tmp_path / "printed", train.main,
+                  [*flags, "--out", str(tmp_path / "two"), "--accumulate", "5"])
+    printed = (tmp_path / "printed").read_text()
+    assert printed.count("global batch 250 = 2 x 5 parts x 25, cpu\n") == 1
     assert same(read_log(tmp_path / "one"), read_log(tmp_path / "two"), 1e-4)
     assert read_state(tmp_path / "one")["confidence"].equal(
         read_state(tmp_path / "two")["confidence"])
@@ -174,7 +184,8 @@ def as_json(capsys, *flags):
 
 
 def test_evaluation_prints_text_and_json_and_is_exact_with_two_processes(trained, cache, capsys):
-    text, result = run_script("evaluate.py", trained).stdout, as_json(capsys, trained)
+    evaluate.main([str(trained)])
+    text, result = capsys.readouterr().out, as_json(capsys, trained)
     assert f"accuracy             {result['accuracy']:7.2%}   of 1000 faces" in text
     confusion = torch.tensor(result["confusion"])
     assert confusion.sum() == 1000
@@ -209,8 +220,8 @@ def test_mean_class_accuracy_leaves_out_classes_that_do_not_occur():
 
 
 def test_a_held_out_share_is_not_trained_on(tmp_path, cache):
-    run_script("train.py", *TINY, "--init", "none", "--out", tmp_path, "--cache", cache,
-               "--epochs", 1, "--val", 0.2)
+    train.main([*TINY, "--init", "none", "--out", str(tmp_path), "--cache", str(cache),
+                "--epochs", "1", "--val", "0.2"])
     assert read_state(tmp_path)["confidence"].shape == (1600, 7)
 
 
@@ -302,11 +313,10 @@ def test_wrong_input_is_one_line_and_status_2(script, flags, message, tmp_path, 
     assert error.startswith("error: ") and "Traceback" not in error
 
 
-def test_a_batch_that_does_not_divide_names_the_nearest_that_does(tmp_path, cache):
-    done = run_script("pretrain.py", *TINY, "--batch-size", 251, "--out", tmp_path,
-                      "--cache", cache, processes=2, status=1)
-    assert ("--batch-size 251 cannot be divided among 2 processes; the nearest that can is 252"
-            in done.stderr)
+def test_a_batch_that_does_not_divide_names_the_nearest_that_does():
+    with pytest.raises(InputError, match="--batch-size 251 cannot be divided among 2 processes; "
+                                         "the nearest that can is 252"):
+        pretrain.steps_per_epoch(Run({"batch_size": 251}, 0, 2, CPU), range(2000))
 
 
 def test_an_error_of_the_first_process_ends_all_of_them_at_once(tmp_path, cache):

@@ -13,7 +13,8 @@ import torch
 
 import pretrain
 import train
-from conftest import CPU, DECODER, ROOT, TINY, flags_for, read_log, read_state, run_script
+from conftest import (CPU, DECODER, ONE_THREAD, ROOT, TINY, flags_for, read_log, read_state,
+                      run_script, two_processes)
 from datasets import InputError
 from pll import (cc_loss, contrastive_loss, lw_loss, lw_weights, pll_loss, rc_update, revise,
                  simplex, target_loss, top2, uniform_loss)
@@ -87,10 +88,9 @@ def wait_for(condition, seconds=120):
 
 
 def start_script(script, flags, before=(), **how):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
     return subprocess.Popen([sys.executable, *before, str(ROOT / script), *flags], text=True,
-                            env=environment, **how)
+                            env={**os.environ, **ONE_THREAD}, **how)
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -158,76 +158,81 @@ def test_a_killed_rank_comes_back_and_the_result_is_the_same(tmp_path, cache):
         "if os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
         "    pretrain.update = at_step(13, lambda: os.kill(os.getpid(), signal.SIGKILL))\n"
         f"pretrain.command_line(lambda: train.main({flags!r}))\n")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", "--max-restarts=3", str(script)],
-                          capture_output=True, text=True, env=environment, timeout=300)
+                           "--nproc_per_node=2", "--max-restarts=3", str(script)], text=True,
+                          capture_output=True, env={**os.environ, **ONE_THREAD}, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/4") == 1 and done.stdout.count("epoch 2/4") == 1
-    run_script("train.py", *flags, "--out", tmp_path / "whole", processes=2)
+    two_processes(train.main, [*flags, "--out", str(tmp_path / "whole")])
     assert same(read_log(tmp_path / "killed"), read_log(tmp_path / "whole"), 1e-6)
     a, b = read_state(tmp_path / "killed"), read_state(tmp_path / "whole")
     assert same(a["model"], b["model"], 1e-6) and a["confidence"].equal(b["confidence"])
 
 
+def stopped_by_the_second(flags):
+    """Pre-training of which process 1 gets SIGTERM in the fifth step."""
+    if os.environ["RANK"] == "1":
+        pretrain.update = at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(pretrain.Stopped, match="by a signal, all is saved"):
+        pretrain.main(flags)
+
+
 def test_two_processes_stopped_in_mid_epoch_and_resumed_log_the_same(tmp_path, cache):
     """What each process has summed up since the epoch began is not lost."""
     flags = flags_of(DECODER, tmp_path / "parts", cache, "--epochs", "2")
-    script = tmp_path / "stopped.py"
-    script.write_text(
-        f"import os, signal, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "import pretrain; from test_trust import at_step\n"
-        "if os.environ['RANK'] == '1':\n"
-        "    pretrain.update = at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
-        f"pretrain.command_line(lambda: pretrain.main({flags!r}))\n")
-    run_script(script, processes=2, status=1)            # torchrun's status
+    two_processes(stopped_by_the_second, flags)
     assert 4 < read_state(tmp_path / "parts")["step"] < 8
-    run_script("pretrain.py", *flags, "--resume", processes=2)
-    run_script("pretrain.py", *flags, "--out", tmp_path / "whole", processes=2)
+    two_processes(pretrain.main, [*flags, "--resume"])
+    two_processes(pretrain.main, [*flags, "--out", str(tmp_path / "whole")])
     assert same(read_log(tmp_path / "parts"), read_log(tmp_path / "whole"), 1e-6)
+
+
+def predict_into(path, flags):
+    """Write the logits of an untrained network whose BatchNorm differs in each process."""
+    run = pretrain.start(train.parse(flags))
+    torch.manual_seed(0)
+    model = train.build_model(run.config)
+    for buffer in model.buffers():
+        buffer += run.rank
+    logits = train.predict(run, model, pretrain.load_split(run, "val"), batch_size=100)
+    if run.rank == 0:
+        torch.save(logits, path)
 
 
 def test_all_processes_predict_with_what_the_first_one_saves(tmp_path, cache):
     """BatchNorm's averages are of a process's own faces; those of the first one are saved."""
     flags = flags_for("resnet18-pll", tmp_path, cache)
-    script = tmp_path / "predicted.py"
-    script.write_text(
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}]\n"
-        "import torch, train\n"
-        f"run = train.start(train.parse({flags!r})); torch.manual_seed(0)\n"
-        "model = train.build_model(run.config)\n"
-        "for buffer in model.buffers():\n"
-        "    buffer += run.rank\n"
-        "logits = train.predict(run, model, train.load_split(run, 'val'), batch_size=100)\n"
-        "run.rank or torch.save(logits, sys.argv[1])\n"
-        "run.world > 1 and train.dist.destroy_process_group()\n")
-    run_script(script, tmp_path / "one.pt")
-    run_script(script, tmp_path / "two.pt", processes=2)
+    predict_into(tmp_path / "one.pt", flags)
+    two_processes(predict_into, tmp_path / "two.pt", flags)
     one, two = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in ("one", "two"))
     assert one.shape == (500, 7)
     torch.testing.assert_close(one, two)
 
 
+def keep_every_table(folder, flags):
+    """Train, and write what this process's table C was after each step."""
+    make, update, tables, kept = train.confidence_table, pretrain.update, [], []
+
+    def keep(*args):
+        tables.append(make(*args))
+        return tables[-1]
+
+    def watch(*args):
+        update(*args)
+        kept.append(tables[0]["confidence"].clone())
+
+    train.confidence_table, pretrain.update = keep, watch
+    train.main(flags)
+    torch.save(kept, folder / f"rank-{os.environ['RANK']}.pt")
+
+
 @pytest.mark.parametrize("method", ["ours", "pico-vit"])
 def test_every_process_holds_the_same_confidence_after_every_step(method, tmp_path, cache):
-    """Each process prints a digest of its table C after each of 16 steps."""
-    script = tmp_path / "digests.py"
-    script.write_text(
-        f"import hashlib, os, sys; sys.path[:0] = [{str(ROOT)!r}]\n"
-        "import pretrain, train\n"
-        "make, update, tables = train.confidence_table, pretrain.update, []\n"
-        "def keep(*a): tables.append(make(*a)); return tables[-1]\n"
-        "def watch(*a):\n"
-        "    update(*a); c = tables[0]['confidence']\n"
-        "    digests.append(hashlib.sha256(c.numpy().tobytes()).hexdigest())\n"
-        "train.confidence_table, pretrain.update, digests = keep, watch, []\n"
-        f"train.main({flags_for(method, tmp_path / 'run', cache)!r})\n"
-        "open(f'{sys.argv[1]}-{os.environ.get(\"RANK\", 0)}', 'w').write('\\n'.join(digests))\n"
-        "train.dist.is_initialized() and train.dist.destroy_process_group()\n")
-    run_script(script, tmp_path / "two", processes=2)
-    zero, one = ((tmp_path / f"two-{rank}").read_text().splitlines() for rank in (0, 1))
-    assert zero == one and len(zero) == 16
-    assert len(set(zero)) > 5                            # it did change from step to step
+    two_processes(keep_every_table, tmp_path, flags_for(method, tmp_path / "run", cache))
+    zero, one = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert len(zero) == len(one) == 16 and all(a.equal(b) for a, b in zip(zero, one))
+    changes = sum(not a.equal(b) for a, b in zip(zero, zero[1:]))
+    assert changes > 4                                   # it did change from step to step
 
 
 def test_more_processes_than_faces_is_an_error():
@@ -289,18 +294,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(value, tmp_path, cache, monkeyp
     assert all(v.isfinite().all() for v in state["model"].values())
 
 
+def broken_in_the_second(flags):
+    train.pll_loss = broken_at(3, rank=1)
+    with pytest.raises(pretrain.Stopped, match="^loss nan in process 1 of 2 at step 3"):
+        train.main(flags)
+
+
 def test_a_loss_that_is_not_finite_in_one_process_stops_both(tmp_path, cache):
-    script = tmp_path / "nan.py"
-    script.write_text(
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "import pretrain, train; from test_trust import broken_at\n"
-        "train.pll_loss = broken_at(3, rank=1)\n"
-        f"pretrain.command_line(lambda: train.main("
-        f"{flags_of(['--init', 'none'], tmp_path / 'run', cache)!r}))\n")
-    done = run_script(script, processes=2, status=1)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("stopped: ")]
-    assert lines                     # of one process or of both, as torchrun may end one of them
-    assert all(line.startswith("stopped: loss nan in process 1 of 2 at step 3") for line in lines)
+    two_processes(broken_in_the_second, flags_of(["--init", "none"], tmp_path / "run", cache))
     assert read_state(tmp_path / "run")["step"] == 0
 
 
