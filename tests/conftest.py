@@ -22,6 +22,10 @@ from datasets import Faces  # noqa: E402
 CPU = torch.device("cpu")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}    # of a process of its own
 
+# Processes from a server that has imported torch once and run nothing: no seconds of import each.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["torchvision", "pytest"])
+
 # Tiny networks gain nothing from a second thread, and lose much where other work shares the cores.
 torch.set_num_threads(1)
 
@@ -68,15 +72,13 @@ def as_rank(rank, port, work, args):
 
 
 def two_processes(work, *args):
-    """work(*args) in two processes of one group: torchrun's, without its start of seconds.
+    """work(*args) in two processes of one group, FORKED instead of started by torchrun.
 
-    They are forked from a server that has imported torch once and run nothing. Raises torch's
-    ProcessRaisedException, with the traceback, for what one of them raises.
+    Raises torch's ProcessRaisedException, with the traceback, for what one of them raises.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.set_forkserver_preload(["torchvision", "pytest"])
     torch.multiprocessing.start_processes(as_rank, (port, work, args), nprocs=2,
                                           start_method="forkserver")
 

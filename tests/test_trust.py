@@ -1,5 +1,6 @@
 """Runs that are interrupted, killed, restarted or given wrong numbers; nothing is lost."""
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -13,8 +14,8 @@ import torch
 
 import pretrain
 import train
-from conftest import (CPU, DECODER, ONE_THREAD, ROOT, TINY, flags_for, read_log, read_state,
-                      run_script, two_processes)
+from conftest import (CPU, DECODER, FORKED, ONE_THREAD, ROOT, TINY, flags_for, read_log, read_state,
+                      two_processes)
 from datasets import InputError
 from pll import (cc_loss, contrastive_loss, lw_loss, lw_weights, pll_loss, rc_update, revise,
                  simplex, target_loss, top2, uniform_loss)
@@ -123,24 +124,24 @@ def test_a_second_ctrl_c_stops_at_once():
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def save_for_ever(path):
+    """Do nothing but save checkpoints of 20 MB, each filled with its number."""
+    for step in itertools.count():
+        pretrain.save_checkpoint(path, {"stage": "train", "log": [], "config": {}, "step": step,
+                                        "model": {"x": torch.full((5_000_000,), float(step))}})
+
+
 def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
-    """A process does nothing but save 20 MB checkpoints and is killed again and again."""
     path, step = tmp_path / "last.pt", -1
-    code = (f"import sys, pathlib, torch; sys.path.insert(0, {str(ROOT)!r})\n"
-            f"import pretrain; path = pathlib.Path({str(path)!r}); step = 0\n"
-            "while True:\n"
-            "    x = torch.full((5_000_000,), float(step))\n"
-            "    pretrain.save_checkpoint(path, {'stage': 'train', 'log': [], 'config': {},\n"
-            "                                    'model': {'x': x}, 'step': step})\n"
-            "    step += 1\n")
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
         path.unlink(missing_ok=True)
-        run = subprocess.Popen([sys.executable, "-c", code])
+        run = FORKED.Process(target=save_for_ever, args=(path,))
+        run.start()
         wait_for(path.exists)
         time.sleep(torch.rand(1, generator=generator).item() * 0.4)
         run.kill()
-        run.wait()
+        run.join()
         state = pretrain.load_checkpoint(path, "train")
         assert (state["model"]["x"] == state["step"]).all()
         step = max(step, state["step"])
@@ -451,7 +452,7 @@ def test_an_epoch_tells_how_long_is_left_and_where_time_goes(trained):
         assert record["data_share"] + record["target_share"] < 1
 
 
-def test_on_a_terminal_a_bar_is_drawn_and_wiped_before_the_epochs_line(tmp_path, cache):
+def test_on_a_terminal_a_bar_is_drawn_and_wiped_before_the_epochs_line(tmp_path, cache, capfd):
     pty, fcntl, termios = map(pytest.importorskip, ("pty", "fcntl", "termios"))   # Unix alone
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 40, 120, 0, 0))     # rows, columns
@@ -470,5 +471,7 @@ def test_on_a_terminal_a_bar_is_drawn_and_wiped_before_the_epochs_line(tmp_path,
         assert f"epoch {epoch}/2: " in bar and "it/s" in bar
         assert not blank.strip() and len(blank) >= len(bar.split("\r")[-1])
         assert "it/s" not in record
-    piped = run_script("train.py", *flags_for("ours", tmp_path / "piped", cache))
-    assert not piped.stderr and "it/s" not in piped.stdout and "\r" not in piped.stdout
+    capfd.readouterr()
+    train.main(flags_for("ours", tmp_path / "piped", cache))
+    out, error = capfd.readouterr()                      # no terminal
+    assert not error and "epoch 2/2  loss" in out and "it/s" not in out and "\r" not in out
