@@ -233,8 +233,9 @@ def main(argv=None):
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         figure(image).save(args.out)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        sys.exit(print(f"error: {error}; give --image a picture and --out a path ending in .png",
-                       file=sys.stderr) or 2)
+        print(f"error: {error}; give --image a picture and --out a path ending in .png",
+              file=sys.stderr)
+        sys.exit(2)
     print(f"HOG: {args.out}")
 
 

@@ -372,7 +372,8 @@ def main(argv=None):
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         story().save(args.out)
     except (OSError, ValueError) as error:
-        sys.exit(print(f"error: --out: {error}; give a path ending in .png", file=sys.stderr) or 2)
+        print(f"error: --out: {error}; give a path ending in .png", file=sys.stderr)
+        sys.exit(2)
     print(f"the story of one sample's confidence: {args.out}")
 
 
