@@ -212,6 +212,7 @@ def test_the_tables_of_the_toy_are_what_evaluate_py_prints_of_its_kept_runs(caps
     ("better target", "4-epochs/mim-hog-pll", "4-epochs/mim-pixel-pll"),
     ("sets help", "4-epochs/mim-hog-pll", "4-epochs/mim-hog"),
     ("sets help", "4-epochs/mim-pixel-pll", "4-epochs/mim-pixel"),
+    ("sets help", "4-epochs/resnet18-pll", "4-epochs/baseline-resnet18"),
     ("sets help", "15-epochs/mim-hog-pll", "15-epochs/mim-hog"),
     ("label decoder helps", "4-epochs/decoder", "4-epochs/mim-hog-pll"),
     ("label decoder helps", "15-epochs/decoder-uniform", "15-epochs/mim-hog-pll"),
