@@ -134,7 +134,7 @@ def save_for_ever(path):
 def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
     path, step = tmp_path / "last.pt", -1
     generator = torch.Generator().manual_seed(0)
-    for _ in range(4):
+    for _ in range(16):
         path.unlink(missing_ok=True)
         run = FORKED.Process(target=save_for_ever, args=(path,))
         run.start()
