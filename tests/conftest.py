@@ -18,8 +18,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from datasets import Faces  # noqa: E402
+from pretrain import command_line  # noqa: E402
 
 CPU = torch.device("cpu")
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}    # of a process of its own
 
 # Processes from a server that has imported torch once and run nothing: no seconds of import each.
@@ -50,16 +52,21 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="an exercise: pytest --exercises"))
 
 
-def run_script(script, *flags, processes=1, status=0, cwd=None):
+def run_script(script, *flags, before=(), status=0):
     """Run a script as a user does and return the finished process; the exit status is checked."""
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, **ONE_THREAD}
-    done = subprocess.run(command + [str(ROOT / script), *map(str, flags)], capture_output=True,
-                          text=True, cwd=cwd, env=environment, timeout=300)
+    done = subprocess.run([sys.executable, *before, str(ROOT / script), *map(str, flags)],
+                          capture_output=True, text=True, env={**os.environ, **ONE_THREAD},
+                          timeout=300)
     assert done.returncode == status, done.stdout + done.stderr
     return done
+
+
+def error_of(script, flags, capsys):
+    """What the script prints on stderr before it ends with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        command_line(lambda: script.main([str(flag) for flag in flags]))
+    assert stop.value.code == 2
+    return capsys.readouterr().err
 
 
 def as_rank(rank, port, work, args):

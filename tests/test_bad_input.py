@@ -14,9 +14,8 @@ from PIL import Image
 import evaluate
 import pretrain
 import train
-from conftest import TINY, read_state
+from conftest import TINY, error_of, read_state
 from datasets import DATA, TREES
-from pretrain import command_line
 
 KINDS = DATA["ferplus"]["classes"] + ["unknown", "NF"]
 NEUTRAL = [10] + [0] * 9
@@ -226,14 +225,6 @@ OTHERS = [
      "row"),
 ]
 ALL_DATA = NO_DATA + IMAGES + TABLES + OTHERS
-
-
-def error_of(script, flags, capsys):
-    """What the script prints on stderr before it ends with status 2."""
-    with pytest.raises(SystemExit) as stop:
-        command_line(lambda: script.main([str(flag) for flag in flags]))
-    assert stop.value.code == 2
-    return capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")   # ours is in datasets.py

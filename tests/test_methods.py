@@ -11,12 +11,13 @@ import torchvision
 import evaluate
 import pretrain
 import train
-from conftest import CPU, TINY, faces_with, flags_for, random_crowd, read_log, read_state
+from conftest import (CPU, TINY, error_of, faces_with, flags_for, random_crowd, read_log,
+                      read_state)
 from datasets import DATA, Faces, InputError, load_faces
 from evaluate import BECAME, became, comparison, not_in, vote_metrics
 from pll import (cc_loss, contrastive_loss, initial_confidence, lw_loss, lw_weights,
                  move_prototypes, moving_confidence, pll_loss, prototype_labels, rc_update, revise)
-from pretrain import Run, command_line
+from pretrain import Run
 from test_pll import random_problem
 
 
@@ -85,9 +86,7 @@ def test_settings_that_do_not_go_together(flags, message, tmp_path, cache, monke
     monkeypatch.chdir(tmp_path)
     if "mim-pixel" not in flags:
         flags = [*flags, "--init", "none"]
-    with pytest.raises(SystemExit) as stop:
-        command_line(lambda: train.main([*TINY, "--cache", str(cache), *flags]))
-    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert message in error_of(train, [*TINY, "--cache", cache, *flags], capsys)
 
 
 def test_a_resnet_has_no_patches_to_fill_an_image():

@@ -13,11 +13,11 @@ import decoder
 import evaluate
 import pretrain
 import train
-from conftest import (CPU, DECODER, ROOT, TINY, read_log, read_state, run_script,
-                      two_processes)
+from conftest import (CPU, DECODER, ROOT, TINY, TORCHRUN, error_of, read_log, read_state,
+                      run_script, two_processes)
 from datasets import InputError, load_faces
 from pll import initial_confidence, is_revised
-from pretrain import Run, command_line
+from pretrain import Run
 
 OTHER_FACES = "its training faces are not those of this data set"
 
@@ -208,7 +208,7 @@ def test_evaluation_prints_text_and_json_and_is_exact_with_two_processes(trained
     assert f"disputed in training {result['disputed_revised']:7.2%}   of {few.sum()} are" in text
     assert f"on disputed faces    {result['disputed_accuracy']:7.2%}   " in text
     assert result["majority_class_rate"] == confusion.sum(1).max().item() / 1000
-    two = json.loads(run_script("evaluate.py", trained, "--json", processes=2).stdout)
+    two = json.loads(run_script("evaluate.py", trained, "--json", before=TORCHRUN).stdout)
     assert two["confusion"] == result["confusion"]
     val = as_json(capsys, trained, "--split", "val")
     assert val["accuracy"] == pytest.approx(read_log(trained)[-1]["val_accuracy"])
@@ -269,12 +269,14 @@ def test_a_run_of_other_classes_is_not_judged(trained, tmp_path):
         evaluate.load_run(folder, {"device": "cpu"})
 
 
-def test_resuming_with_other_settings_is_refused_with_the_differences(trained, cache, tmp_path):
+def test_resuming_with_other_settings_is_refused_with_the_differences(trained, cache, tmp_path,
+                                                                      capsys):
     shutil.copytree(trained, tmp_path / "run")
-    with pytest.raises(InputError, match="init was .*; seed was 0, is 1; threshold was 0.02, is "
-                                         "0.1"):
-        train.main([*TINY, "--out", str(tmp_path / "run"), "--cache", str(cache), "--resume",
-                    "--warmup-revision", "1", "--threshold", "0.1", "--seed", "1"])
+    error = error_of(train, [*TINY, "--out", tmp_path / "run", "--cache", cache, "--resume",
+                             "--warmup-revision", 1, "--threshold", 0.1, "--seed", 1], capsys)
+    assert "init was " in error and "threshold was 0.02, is 0.1" in error
+    assert "seed was 0, is 1" in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.parametrize("script, flags, message", [
@@ -304,12 +306,9 @@ def test_wrong_input_is_one_line_and_status_2(script, flags, message, tmp_path, 
                                               capsys):
     monkeypatch.chdir(tmp_path)
     if script is not evaluate:
-        flags = [*flags, "--cache", str(cache)]
-    with pytest.raises(SystemExit) as stop:
-        command_line(lambda: script.main(flags))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error
-    assert error.startswith("error: ") and "Traceback" not in error
+        flags = [*flags, "--cache", cache]
+    error = error_of(script, flags, capsys)
+    assert error.startswith("error: ") and message in error and "Traceback" not in error
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest_that_does():
@@ -322,7 +321,7 @@ def test_an_error_of_the_first_process_ends_all_of_them_at_once(tmp_path, cache)
     blocked = tmp_path / "file"
     blocked.write_text("")
     done = run_script("pretrain.py", *TINY, "--out", blocked / "run", "--cache", cache,
-                      processes=2, status=1)
+                      before=TORCHRUN, status=1)
     assert f"error: --out {blocked}/run: cannot be written" in done.stderr    # by one or by both
     assert str(ROOT / "pretrain.py") + '", line' not in done.stderr     # torchrun's own aside
 

@@ -14,8 +14,8 @@ import torch
 
 import pretrain
 import train
-from conftest import (CPU, DECODER, FORKED, ONE_THREAD, ROOT, TINY, flags_for, read_log, read_state,
-                      two_processes)
+from conftest import (CPU, DECODER, FORKED, ONE_THREAD, ROOT, TINY, TORCHRUN, flags_for, read_log,
+                      read_state, run_script, two_processes)
 from datasets import InputError
 from pll import (cc_loss, contrastive_loss, lw_loss, lw_weights, pll_loss, rc_update, revise,
                  simplex, target_loss, top2, uniform_loss)
@@ -107,8 +107,7 @@ def test_ctrl_c_and_sigterm_end_with_one_line(number, status, tmp_path, cache):
 
 def test_sigterm_to_torchrun_saves_at_one_step_in_all_processes(tmp_path, cache):
     flags = flags_of(DECODER, tmp_path, cache, "--epochs", "5000")
-    run = start_script("pretrain.py", flags, before=["-m", "torch.distributed.run", "--standalone",
-                                                     "--nproc_per_node=2"])
+    run = start_script("pretrain.py", flags, before=TORCHRUN)
     wait_for(lambda: (tmp_path / "log.jsonl").exists() and read_log(tmp_path))
     run.send_signal(signal.SIGTERM)
     _, error = run.communicate(timeout=60)
@@ -159,10 +158,7 @@ def test_a_killed_rank_comes_back_and_the_result_is_the_same(tmp_path, cache):
         "if os.environ['RANK'] == '1' and os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n"
         "    pretrain.update = at_step(13, lambda: os.kill(os.getpid(), signal.SIGKILL))\n"
         f"pretrain.command_line(lambda: train.main({flags!r}))\n")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", "--max-restarts=3", str(script)], text=True,
-                          capture_output=True, env={**os.environ, **ONE_THREAD}, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = run_script(script, before=[*TORCHRUN, "--max-restarts=3"])
     assert done.stdout.count("epoch 1/4") == 1 and done.stdout.count("epoch 2/4") == 1
     two_processes(train.main, [*flags, "--out", str(tmp_path / "whole")])
     assert same(read_log(tmp_path / "killed"), read_log(tmp_path / "whole"), 1e-6)
@@ -232,8 +228,7 @@ def test_every_process_holds_the_same_confidence_after_every_step(method, tmp_pa
     two_processes(keep_every_table, tmp_path, flags_for(method, tmp_path / "run", cache))
     zero, one = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
     assert len(zero) == len(one) == 16 and all(a.equal(b) for a, b in zip(zero, one))
-    changes = sum(not a.equal(b) for a, b in zip(zero, zero[1:]))
-    assert changes > 4                                   # it did change from step to step
+    assert len({c.numpy().tobytes() for c in zero}) > 5  # it did change from step to step
 
 
 def test_more_processes_than_faces_is_an_error():
@@ -297,8 +292,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(value, tmp_path, cache, monkeyp
 
 def broken_in_the_second(flags):
     train.pll_loss = broken_at(3, rank=1)
-    with pytest.raises(pretrain.Stopped, match="^loss nan in process 1 of 2 at step 3"):
+    with pytest.raises(pretrain.Stopped, match="^loss nan in process 1 of 2 at step 3") as stop:
         train.main(flags)
+    assert stop.value.status == 1
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_both(tmp_path, cache):
