@@ -273,6 +273,11 @@ def test_memory_map_is_kept_until_a_source_or_the_alignment_changes(tmp_path, mo
     grey(tmp_path / "FER2013Valid/fer0000033.png", 90)
     os.utime(tmp_path / "FER2013Valid/fer0000033.png", (1, 1))
     assert load()[[0]].float().mean() == 90
+    grey(tmp_path / "FER2013Valid/fer0000033.png", 91)
+    with open(tmp_path / "FER2013Valid/fer0000033.png", "ab") as file:
+        file.write(b" ")
+    os.utime(tmp_path / "FER2013Valid/fer0000033.png", (1, 1))
+    assert load()[[0]].float().mean() == 91              # longer, of the same time
     kept = len(set((tmp_path / "cache").iterdir()))
     monkeypatch.setattr(datasets, "TEMPLATE", TEMPLATE + 1)
     load()

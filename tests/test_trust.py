@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 
+import evaluate
 import pretrain
 import train
 from conftest import (CPU, DECODER, FORKED, ONE_THREAD, ROOT, TINY, TORCHRUN, flags_for, read_log,
@@ -121,6 +122,16 @@ def test_a_second_ctrl_c_stops_at_once():
             os.kill(os.getpid(), signal.SIGINT)
             assert signals == [signal.SIGINT]
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_was_stopped_at_once_has_a_shells_status_and_one_line(capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        pretrain.command_line(interrupted)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == "interrupted at once; what was saved before is whole\n"
 
 
 def save_for_ever(path):
@@ -264,6 +275,19 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         pretrain.save_checkpoint(path, {"stage": "train", "step": 2})
     assert pretrain.load_checkpoint(path)["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_an_evaluation_that_cannot_be_kept_leaves_the_old_one(tmp_path, monkeypatch):
+    evaluate.keep_result(tmp_path, {"split": "test", "accuracy": 0.5})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="test.json: cannot be written .*No space left"):
+        evaluate.keep_result(tmp_path, {"split": "test", "accuracy": 0.75})
+    assert json.loads((tmp_path / "test.json").read_text())["accuracy"] == 0.5
+    assert [p.name for p in tmp_path.iterdir()] == ["test.json"]
 
 
 def broken_at(step, value=float("nan"), rank=None):
