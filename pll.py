@@ -96,7 +96,8 @@ def uniform_loss(queries, tau=0.25):
     """How unevenly the label queries lie on the unit sphere, a scalar in fp32; (K, d).
 
     Eq. (3): mean over i of log sum over j of exp(t_i . t_j / tau), with t = Q / |Q|. The smallest
-    value is `uniform_optimum`, at the regular simplex, if K <= d + 1.
+    value is `uniform_optimum`, at the regular simplex, if K <= d + 1. tau 0.25 is the exponent
+    -2 |t_i - t_j|^2 of the paper's source [46] (Wang and Isola 2020), as that is 4 t_i . t_j - 4.
     """
     with torch.autocast(queries.device.type, enabled=False):
         t = F.normalize(queries.float(), dim=1)                           # (K, d), on the sphere

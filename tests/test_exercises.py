@@ -94,9 +94,9 @@ def test_exercise_2_hide_the_mouth():
 def test_exercise_3_start_from_the_queries():
     """Edit `decoder.LabelDecoder.forward`.
 
-    Sec. 3.3 says that the decoder "updates Q according to visual tokens". DETR, which inspired it
-    and which we follow, starts from zero and only adds Q inside attention. Start x from Q; all
-    else stays (Q is still added inside attention).
+    Sec. 3.3 has the decoder "update" Q "according to visual tokens". DETR, which inspired it and
+    which we follow, starts from zero and only adds Q inside attention. Start x from Q; all else
+    stays (Q is still added inside attention).
 
     Question: which of the two does the paper mean? With zero the first self-attention is idle: why,
     and what can a decoder of one layer not do then? Think of a face between fear and surprise: how
@@ -186,8 +186,8 @@ def test_exercise_5_one_response_for_loss_and_revision():
 def test_exercise_6_no_label_is_its_own_neighbour():
     """Edit `pll.uniform_loss`.
 
-    The sum over j in Eq. (3) has the term j = i, which is always e^(1/tau). At the cited work's tau
-    = 0.07 it outweighs all others, so that queries at random feel almost no force. Leave it out.
+    The sum over j in Eq. (3) has the term j = i, which is always e^(1/tau). At targeted contrast's
+    tau = 0.07 it outweighs all others: queries at random feel almost no force. Leave it out.
 
     Question: Sec. 3.3.1 motivates the loss by unbalanced classes. Where do class frequencies enter
     Eq. (3), and what would you weight to give rare classes more room? Is the regular simplex still

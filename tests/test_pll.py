@@ -72,6 +72,14 @@ def test_minimising_eq3_reaches_the_simplex():
     assert (cosines.fill_diagonal_(-1 / 6) + 1 / 6).abs().max() < 0.02
 
 
+def test_eq3_has_by_default_the_exponent_of_its_source():
+    """Wang and Isola 2020: -2 |t_i - t_j|^2; over the pairs (i, i) as well, as Eq. 3 has it."""
+    queries = torch.randn(7, 16, generator=torch.Generator().manual_seed(0))
+    t = F.normalize(queries, dim=1)
+    potential = torch.cdist(t, t).square().mul(-2).exp().sum(dim=1)        # (7,)
+    assert uniform_loss(queries).item() == pytest.approx(4 + potential.log().mean().item())
+
+
 def test_target_loss_is_zero_only_at_the_targets():
     points = simplex(7, 16)
     assert target_loss(points * 3, points).item() == pytest.approx(0, abs=1e-6)
