@@ -207,6 +207,21 @@ def test_the_tables_of_the_toy_are_what_evaluate_py_prints_of_its_kept_runs(caps
         assert any(f"| {mean} |" in row for row in rows), mean
 
 
+def gains(one, other, key):
+    """Points that kept runs of one kind have more than another's, for each seed of both."""
+    prefix, split = ("", "test") if one.startswith("toy") else ("ferplus-", "val")
+    values = [{run.parent.name[-1]: json.loads(run.read_text())[key] for run in
+               (ROOT / "tests/results").glob(f"{prefix}{name}-[0-9]/{split}.json")}
+              for name in (one, other)]                            # {seed: value} of each
+    return [100 * (values[0][s] - values[1][s]) for s in values[0].keys() & values[1].keys()]
+
+
+def claimed(claim):
+    """The cells of a row of the table of claims."""
+    return next(line for line in TEXT.splitlines()
+                if line.startswith("| ") and claim in line).split(" | ")
+
+
 @pytest.mark.parametrize("claim, one, other", [
     ("better target", "4-epochs/mim-hog", "4-epochs/mim-pixel"),
     ("better target", "4-epochs/mim-hog-pll", "4-epochs/mim-pixel-pll"),
@@ -274,21 +289,41 @@ def test_the_tables_of_the_toy_are_what_evaluate_py_prints_of_its_kept_runs(caps
 def test_the_points_of_a_verdict_are_the_difference_of_kept_runs(claim, one, other):
     """Means over the seeds that both have: on Valid (on the held-out faces), on the toy's test
     split (least to most of a seed); a column each for the toy and the two lengths of training."""
-    def gains(key):
-        values = [{run.parent.name[-1]: json.loads(run.read_text())[key] for run in
-                   (ROOT / "tests/results").glob(f"{prefix}{name}-[0-9]/{split}.json")}
-                  for name in (one, other)]                        # {seed: value} of each
-        both = values[0].keys() & values[1].keys()
-        return [100 * (values[0][s] - values[1][s]) for s in both]
-
-    kind = one.split("/")[0]
-    prefix, split = ("", "test") if kind == "toy" else ("ferplus-", "val")
-    points = gains("accuracy")
+    kind, points = one.split("/")[0], gains(one, other, "accuracy")
     told = f"{min(points):.1f} to {max(points):.1f}" if kind == "toy" else \
-        f"{statistics.mean(gains('held_out_accuracy')):.1f}"
-    row = next(line for line in TEXT.splitlines() if line.startswith("| ") and claim in line)
-    cell = row.split(" | ")[{"toy": 2, "4-epochs": 3, "15-epochs": 4}[kind]]
+        f"{statistics.mean(gains(one, other, 'held_out_accuracy')):.1f}"
+    cell = claimed(claim)[{"toy": 2, "4-epochs": 3, "15-epochs": 4}[kind]]
     assert f" {statistics.mean(points):.1f} ({told})" in f" {cell}"
+
+
+@pytest.mark.parametrize("claim, word, pairs", [
+    ("better target", "holds", "4-epochs/mim-hog 4-epochs/mim-pixel, 4-epochs/mim-hog-pll "
+     "4-epochs/mim-pixel-pll, toy/mim-hog toy/mim-pixel"),
+    ("sets help", "fails", "4-epochs/mim-hog-pll 4-epochs/mim-hog, 4-epochs/resnet18-pll "
+     "4-epochs/baseline-resnet18, 15-epochs/mim-hog-pll 15-epochs/mim-hog, "
+     "toy/mim-hog-pll toy/mim-hog, toy/mim-pixel-pll toy/mim-pixel"),
+    ("label decoder helps", "holds", "toy/decoder toy/mim-hog-pll, "
+     "4-epochs/decoder 4-epochs/mim-hog-pll"),
+    ("threshold 0.1 here", "fails", "4-epochs/decoder-revision 4-epochs/decoder, 4-epochs/ours "
+     "4-epochs/decoder-uniform, 15-epochs/decoder-revision 15-epochs/decoder, 15-epochs/ours "
+     "15-epochs/decoder-uniform, toy/decoder-revision toy/decoder, toy/ours toy/decoder-uniform"),
+    ("the same with", "fails", "4-epochs/min2 4-epochs/decoder-uniform-min2"),
+    ("better than RC", "holds", "4-epochs/ours 4-epochs/cc-vit"),
+    ("on the ViT is better", "fails", "4-epochs/ours 4-epochs/cc, 4-epochs/ours "
+     "4-epochs/resnet18-pll, toy/ours toy/rc, toy/ours toy/pico, toy/ours toy/lw"),
+    ("on the ViT is better", "holds", "4-epochs/ours 4-epochs/lw"),
+    ("than vote shares", "fails", "4-epochs/ours 4-epochs/soft, toy/ours toy/soft"),
+    ("than one-hot labels", "fails", "4-epochs/ours 4-epochs/mim-hog, 15-epochs/ours "
+     "15-epochs/mim-hog, toy/ours toy/mim-hog, toy/ours toy/baseline"),
+    ("than one-hot labels", "holds", "15-epochs/recipe 15-epochs/mim-hog"),
+    ("the whole method", "fails", "15-epochs/ours 15-epochs/mim-hog-pll")])
+def test_what_is_said_to_hold_or_to_fail_does_so_in_each_seed(claim, word, pairs):
+    """On Valid and on the held-out faces; on the toy on its test split."""
+    assert f"**{word}**" in claimed(claim)[-1]
+    for pair in pairs.split(", "):
+        kinds = ["accuracy"] + ["held_out_accuracy"] * (not pair.startswith("toy"))
+        for points in (gains(*pair.split(), key) for key in kinds):
+            assert points and all(p < 0 if word == "fails" else p > 0 for p in points), pair
 
 
 def test_a_setting_that_was_varied_alone_has_its_effect_beside_its_switch():
