@@ -266,17 +266,18 @@ def test_memory_map_is_kept_until_a_source_or_the_alignment_changes(tmp_path, mo
     fake_ferplus(tmp_path, ROWS)
     load = lambda: load_faces("ferplus", tmp_path, "val", 48, partial=True,
                               cache=tmp_path / "cache")
+    face = tmp_path / "FER2013Valid/fer0000033.png"
     load()
     files = set((tmp_path / "cache").iterdir())
     load()
     assert set((tmp_path / "cache").iterdir()) == files
-    grey(tmp_path / "FER2013Valid/fer0000033.png", 90)
-    os.utime(tmp_path / "FER2013Valid/fer0000033.png", (1, 1))
+    grey(face, 90)
+    os.utime(face, (1, 1))
     assert load()[[0]].float().mean() == 90
-    grey(tmp_path / "FER2013Valid/fer0000033.png", 91)
-    with open(tmp_path / "FER2013Valid/fer0000033.png", "ab") as file:
+    grey(face, 91)
+    with open(face, "ab") as file:
         file.write(b" ")
-    os.utime(tmp_path / "FER2013Valid/fer0000033.png", (1, 1))
+    os.utime(face, (1, 1))
     assert load()[[0]].float().mean() == 91              # longer, of the same time
     kept = len(set((tmp_path / "cache").iterdir()))
     monkeypatch.setattr(datasets, "TEMPLATE", TEMPLATE + 1)
