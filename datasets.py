@@ -45,16 +45,16 @@ class InputError(Exception):
     """Something the user gave is wrong; the message says what, where and what to do."""
 
 
-# `read_image` refuses images of which pillow would only warn.
+# Pillow refuses images of twice the pixels that it warns of.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AFFECTNET = "neutral happiness sadness surprise fear disgust anger contempt".split()
 FERPLUS = "neutral happiness surprise sadness anger disgust fear contempt".split()
 RAF = "surprise fear disgust happiness sadness anger neutral".split()
 # data: class names in the official order; stored side in pixels, channels; official counts of each
-# split (FERPlus: rows of its csv; AffectNet: a class, its training counts differ by release);
-# mean and standard deviation of a channel, pixels in 0 .. 1. Another data set needs an entry here,
-# a layout in TREES and a reader in `listing`.
+# split (FERPlus: rows of its csv; AffectNet: of each class; None, as its training counts differ by
+# release); mean and standard deviation of a channel, pixels in 0 .. 1. Another data set needs an
+# entry here, a layout in TREES and a reader in `listing`.
 DATA = {
     "toy": dict(classes=AFFECTNET[:7], side=96, channels=3, mean=IMAGENET_MEAN, std=IMAGENET_STD,
                 counts=dict(train=2000, val=500, test=1000)),
@@ -139,18 +139,17 @@ def read_image(path, channels):
     """Read an image file as PIL "L" or "RGB"; InputError names the file that cannot be read."""
     try:
         with Image.open(path) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError       # as pillow does from twice as many on
             if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
                 raise InputError(f"{path}: colour mode {image.mode} is not read here; convert it "
                                  "to 8-bit grey or RGB")
-            if getattr(image, "n_frames", 1) > 1:
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":   # a phone's photograph
                 raise InputError(f"{path}: holds {image.n_frames} frames; extract one")
             return image.convert("L" if channels == 1 else "RGB")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such image; is the data set unpacked completely?") from None
+        raise InputError(f"{path}: no such image") from None
     except Image.DecompressionBombError:
-        raise InputError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels; shrink it") from None
+        most = 2 * Image.MAX_IMAGE_PIXELS
+        raise InputError(f"{path}: more than {most} pixels; shrink it") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise InputError(f"{path}: not a readable image ({error}); fetch it again") from None
 
@@ -222,8 +221,8 @@ def read_csv(path, columns):
             if missing:
                 raise InputError(f"{path}: no column {missing[0]!r}; expected {', '.join(columns)}")
             return list(enumerate(reader, 2))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8; save it as UTF-8") from None
     except (OSError, csv.Error) as error:
         raise InputError(f"{path}: not a readable csv file ({error})") from None
 
@@ -232,8 +231,10 @@ def read_rows(path):
     """Lines of a text file split at blanks, as (where, list of words); empty lines are left out."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8; save it as UTF-8") from None
+    except OSError as error:
+        raise InputError(f"{path}: not a readable file ({error})") from None
     return [(f"{path}, row {i}", line.split()) for i, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -250,8 +251,9 @@ def layout_error(data, data_dir, found):
 
 
 def voted_label(votes, classes, convention):
-    """The crowd's label (Fig. 1: "voting"): of the columns of votes the first `classes` are labels.
+    """The crowd's label (Fig. 1: "voting") of a face.
 
+    votes: a column for each of the `classes` labels, then, if there are any, unknown and no face.
     None if there is no such label. "argmax": the most voted class, the first of several; None if
     another column (unknown, no face) has as many votes. "majority" (FER+): columns with a single
     vote are set to 0, and the top must then have more than half of what is left.
@@ -445,7 +447,7 @@ def list_affectnet(data, root, split, partial):
 
 
 def check_count(data, split, found, partial, where):
-    """Official size of a split (Sec. 4.1), or an InputError that names --partial."""
+    """InputError, which names --partial, unless a split has its official size (Sec. 4.1)."""
     official = DATA[data]["counts"][split]
     if official is not None and found != official and not partial:
         raise InputError(f"{where}: {found} faces for the {split} split, officially {official}; "
@@ -455,10 +457,9 @@ def check_count(data, split, found, partial, where):
 # ---------------------------------------------------------------------------------------- the toy
 
 # Facial action units (Ekman and Friesen): which each expression uses, and how strongly. Fear shares
-# the raised brows, wide eyes and open mouth of surprise; disgust the lowered brows of anger.
-UNITS = ("inner brow up", "outer brow up", "brow lowered", "upper lid up", "lids tight",
-         "nose wrinkled", "upper lip up", "corners up", "corners down", "lips stretched",
-         "lips tightened", "jaw dropped")
+# the raised brows, wide eyes and open mouth of surprise; disgust the lowered brows of anger. The
+# units: 1 inner, 2 outer brow up, 4 brow lowered, 5 upper lid up, 7 lids tight, 9 nose wrinkled, 10
+# upper lip up, 12 corners up, 15 down, 20 lips stretched, 23 tightened, 26 jaw dropped.
 PROTOTYPES = np.array([
     #  1    2    4    5    7    9   10   12   15   20   23   26      numbers of the action units
     [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],  # neutral
@@ -618,6 +619,7 @@ def data_flags(parser):
     add("--labels", choices=("argmax", "majority"), help="FERPlus: votes to label (argmax)")
     add("--align", choices=("points", "given"),
         help="RAF-DB: align by the five points, or take its own aligned images (points)")
+    add("--partial", action="store_true", help="accept a data set of unofficial size")
 
 
 def settle_flags(flags):
@@ -686,8 +688,7 @@ def build_memory_map(path, found, shape):
         raise OSError(errno.ENOSPC, f"{size / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free")
     partial = path.with_suffix(f".{os.getpid()}.tmp")
     array = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
-    bar = tqdm(total=len(array), desc=f"reading {path.name}", leave=False,
-               disable=not sys.stderr.isatty())
+    bar = tqdm(total=len(array), desc=f"reading {path.name}", leave=False, disable=None)
     try:
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for i in range(0, len(array), 256):           # few at a time: memory stays flat
@@ -792,31 +793,30 @@ def augment(images, u, size, data, scale=0.5, degrees=0.0, light=0.0, erase=0.0)
         x = x.mul_(gain[:, None, None, None]).add_(shift[:, None, None, None]).clamp_(0, 1)
     x = normalise(x, DATA[data])                                   # (B, 3, size, size)
     if erase:
-        share, along = 0.02 + 0.31 * u[:, 8], torch.exp(spread(9, math.log(3.3)))
-        at = torch.arange(size, device=x.device) + 0.5                # pixel centres
-        inside = []
-        for k, side in ((10, (share * along).sqrt()), (11, (share / along).sqrt())):
+        share, aspect = 0.02 + 0.31 * u[:, 8], torch.exp(spread(9, math.log(3.3)))
+        centre, spans = torch.arange(size, device=x.device) + 0.5, []      # of the pixels
+        for k, side in ((10, (share * aspect).sqrt()), (11, (share / aspect).sqrt())):
             side = (side * size).clamp(1, size)
             start = u[:, k] * (size - side)                        # (B,)
-            inside.append((at >= start[:, None]) & (at < (start + side)[:, None]))   # (B, size)
+            spans.append((centre >= start[:, None]) & (centre < (start + side)[:, None]))
         chosen = ((u[:, 4] * 2) % 1 < erase)[:, None, None]        # independent of the flip
-        box = inside[0][:, :, None] & inside[1][:, None, :] & chosen              # (B, size, size)
+        box = spans[0][:, :, None] & spans[1][:, None, :] & chosen                # (B, size, size)
         x = x.masked_fill_(box[:, None], 0.0)
     return x
 
 
 # ---------------------------------------------------------------------------------------- pictures
 
-def contact_sheet(faces, indices):
+def contact_sheet(faces):
     """A picture of faces with the voted label and each class's share of the votes: PIL RGB."""
     columns, side, gap = 8, 180, 16
     classes, height = DATA[faces.data]["classes"], side + 110
-    rows, font = math.ceil(len(indices) / columns), ImageFont.load_default
+    rows, font = math.ceil(len(faces) / columns), ImageFont.load_default
     size = (columns * (side + gap) + gap, rows * height + 60)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
-    for k, i in enumerate(indices):
-        x, y = k % columns * (side + gap) + gap, k // columns * height + 10
+    for i in range(len(faces)):
+        x, y = i % columns * (side + gap) + gap, i // columns * height + 10
         face = as_picture(faces[[i]][0])
         sheet.paste(face.resize((side, side), Image.Resampling.BICUBIC), (x, y))
         draw.text((x, y + side + 2), classes[faces.labels[i]], "firebrick", font(22))
@@ -875,7 +875,7 @@ def statistics(data, found):
     return sheet
 
 
-def check(data, data_dir, convention="argmax", align_by="points"):
+def check(data, data_dir, convention="argmax", partial=False, align_by="points"):
     """What a data set on disk holds, read face by face: (lines of text, problems, listings).
 
     Problems are wrong counts and faces that cannot be read; faces whose pixels stand in another
@@ -886,14 +886,10 @@ def check(data, data_dir, convention="argmax", align_by="points"):
     known = {}                                   # digest of the pixels -> the split seen first
     classes, side = DATA[data]["classes"], DATA[data]["side"]
     for split in DATA[data]["counts"]:
-        for partial in (False, True):
-            try:
-                found = listing(data, data_dir, split, convention, partial, align_by)
-                break
-            except InputError as error:
-                found, problem = None, str(error)
-                problems += [problem] if problem not in problems else []
-        if found is None:
+        try:
+            found = listing(data, data_dir, split, convention, partial, align_by)
+        except InputError as error:
+            problems += [str(error)] * (str(error) not in problems)        # of all splits: once
             continue
 
         def digest(i):
@@ -942,15 +938,14 @@ def main(argv=None):
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out}: cannot be written ({error.strerror})") from None
-    lines, problems, listings = check(args.data, args.data_dir, args.labels, args.align)
+    lines, problems, listings = check(args.data, args.data_dir, args.labels, args.partial,
+                                      args.align)
     print("\n".join(lines))
     if args.split in listings and listings[args.split][1]:
         found, readable = listings[args.split]
-        images = [found.read(i, DATA[args.data]["side"]) for i in readable[:64]]
-        faces = as_faces(found, args.data, args.split, np.stack(images))
-        faces.rows = torch.zeros(len(faces), dtype=torch.long)         # where a face's image is
-        faces.rows[readable[:64]] = torch.arange(len(images))
-        save(contact_sheet(faces, readable[:64]), out)
+        images = np.stack([found.read(i, DATA[args.data]["side"]) for i in readable[:64]])
+        faces = as_faces(found, args.data, args.split, images).subset(torch.tensor(readable[:64]))
+        save(contact_sheet(replace(faces, rows=None)), out)            # `images` are of these alone
         print(f"contact sheet: {out}")
     if listings:
         chart = out.with_name(f"{args.data}-statistics.png")

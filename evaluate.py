@@ -1,4 +1,4 @@
-"""How good a trained recogniser is, and several of them as the paper's tables.
+"""Measure a trained recogniser, and compare several in tables like the paper's.
 
 Paper: Sec. 4 (the accuracy of its tables). The class is the argmax of the decoder's logits.
 
@@ -41,7 +41,7 @@ from pretrain import (FREE, Stopped, autocast, command_line, load_checkpoint, lo
 from train import METHODS, accuracies, build_model, parse, predict, training_faces
 
 
-# The paper's own accuracies in per cent, Tables 1 to 4; never ours.
+# What the paper reports, in per cent (Tables 1 to 4); nothing here was measured by this code.
 PAPER = {
     "ours": dict(raf=92.05, ferplus=91.11, affectnet7=67.11, affectnet8=64.12),
     "baseline": dict(raf=88.36, ferplus=88.18, affectnet7=64.61, affectnet8=61.34),
@@ -59,23 +59,19 @@ PAPER = {
 }
 # What config.json says beside FREE in which two runs of one row may differ.
 ABOUT = ("command", "commit", "processes", "python", "torch", "torchvision", "deterministic",
-         "partial", "accumulate")
-# Columns of the comparison: key of a result, heading, in per cent or not.
-COLUMNS = [("held_out_accuracy", "held out", True),
-           ("accuracy", "accuracy", True), ("mean_class_accuracy", "mean class", True),
-           ("inside_candidate_set", "in set", True), ("vote_nll", "NLL", False),
-           ("vote_calibration_error", "ECE", True),
-           ("accuracy_without_duplicates", "no dupl.", True), ("accuracy_on_truth", "truth", True),
-           ("disputed_accuracy", "disputed", True)]
+         "accumulate", "compile")
+# Columns of the comparison: key of a result, heading; all but NLL in per cent.
+COLUMNS = {"held_out_accuracy": "held out", "accuracy": "accuracy",
+           "mean_class_accuracy": "mean class", "inside_candidate_set": "in set", "vote_nll": "NLL",
+           "vote_calibration_error": "ECE", "accuracy_without_duplicates": "no dupl.",
+           "accuracy_on_truth": "truth", "disputed_accuracy": "disputed"}
 # Columns of the second table: what became of the candidate sets of the training faces.
-BECAME = [("revised", "revised", True), ("revised_as_voted", "as voted", True),
-          ("trivial_as_voted", "trivial", True), ("revised_as_true", "as drawn", True),
-          ("locked_in", "locked in", True),
-          ("disputed_revised", "disputed: revised", True),
-          ("disputed_as_voted", "disputed: as voted", True),
-          ("disputed_as_true", "disputed: as drawn", True),
-          ("disputed_network_as_voted", "disputed: network as voted", True),
-          ("disputed_network_as_true", "disputed: network as drawn", True)]
+BECAME = {"revised": "revised", "revised_as_voted": "as voted", "trivial_as_voted": "trivial",
+          "revised_as_true": "as drawn", "locked_in": "locked in",
+          "disputed_revised": "disputed: revised", "disputed_as_voted": "disputed: as voted",
+          "disputed_as_true": "disputed: as drawn",
+          "disputed_network_as_voted": "disputed: network as voted",
+          "disputed_network_as_true": "disputed: network as drawn"}
 
 
 def reliability(logits, votes, bins=15):
@@ -110,11 +106,6 @@ def not_in(faces, others):
     return torch.tensor([faces[[i]].numpy().tobytes() not in known for i in range(len(faces))])
 
 
-def confusion_matrix(predicted, labels, classes):
-    """Counts (K, K): row = voted label, column = prediction."""
-    return torch.bincount(labels * classes + predicted, minlength=classes ** 2).reshape(classes, -1)
-
-
 def disputed(votes):
     """Faces on which fewer than half of the votes agree: (n, K) -> (n,) bool."""
     return votes.max(dim=1).values < votes.sum(dim=1) / 2
@@ -130,34 +121,34 @@ def became(faces, candidates, confidence, predicted):
     """Does disambiguation disambiguate? What became of the training faces; shares are 0 .. 1.
 
     candidates, confidence (n, K), predicted (n,), the network's answers to the faces as they are.
-    `trivial_as_voted`: how often the sets that were reduced would have become the voted label, had
-    each become its most frequent candidate (by the mean over faces of Y / |Y|).
-    `locked_in`: of the sets that were reduced to one label which is not the voted one, those of
-    which the network says the voted label by now; Eq. (5) cannot go back. `usual_error`: the class
-    that most of these sets were reduced to. The others, where there are votes, are of faces with
-    several candidates on which fewer than half of the votes agree: how many were reduced, and of
-    these how often to the voted label (on the toy: to the drawn class), and how often the network
-    says it.
+    `trivial_as_voted`: of the reduced sets, those that would be as voted, had each become its most
+        frequent candidate (by the mean over faces of Y / |Y|);
+    `locked_in`: of the sets reduced to another label than the voted one, for good by Eq. (5),
+        those for which the network predicts the voted label by now;
+    `usual_error`, `usual_error_share`: the class that most of these became, and how many did;
+    `disputed_faces`: those with several candidates on which fewer than half of the votes agree;
+    `disputed_revised`: of these, the ones whose set was reduced;
+    `disputed_as_voted`, `disputed_network_as_voted`: of those in turn, the ones for which C and
+        the network have the voted label; on the toy also `..._as_true`, the drawn class.
+    A share of no faces is left out.
     """
     label, reduced = confidence.argmax(dim=1), is_revised(confidence)      # (n,)
-    share = lambda name, hits: {name: hits.float().mean().item()} if len(hits) else {}
     several, wrong = candidates.sum(dim=1) > 1, reduced_wrongly(faces, candidates, confidence)
     usual = (candidates * initial_confidence(candidates).mean(dim=0)).argmax(dim=1)        # (n,)
-    found = share("trivial_as_voted", (usual == faces.labels)[several & reduced])
-    found.update(share("locked_in", (predicted == faces.labels)[wrong]))
+    found, hits = {}, {"trivial_as_voted": (usual == faces.labels)[several & reduced],
+                       "locked_in": (predicted == faces.labels)[wrong]}
     if wrong.any():
         counts = label[wrong].bincount()                                   # (up to K,)
         found.update(usual_error=int(counts.argmax()),
                      usual_error_share=counts.max().item() / counts.sum().item())
-    if faces.votes is None:
-        return found
-    few = several & disputed(faces.votes)
-    found.update(disputed_faces=int(few.sum()), **share("disputed_revised", reduced[few]))
-    for name, right in (("voted", faces.labels), ("true", faces.truth)):
-        if right is not None:
-            found.update(share(f"disputed_as_{name}", (label == right)[few & reduced]))
-            found.update(share(f"disputed_network_as_{name}", (predicted == right)[few & reduced]))
-    return found
+    if faces.votes is not None:
+        few = several & disputed(faces.votes)
+        found["disputed_faces"], hits["disputed_revised"] = int(few.sum()), reduced[few]
+        for name, right in (("voted", faces.labels), ("true", faces.truth)):
+            if right is not None:
+                hits[f"disputed_as_{name}"] = (label == right)[few & reduced]
+                hits[f"disputed_network_as_{name}"] = (predicted == right)[few & reduced]
+    return {**found, **{k: v.float().mean().item() for k, v in hits.items() if len(v)}}
 
 
 def measure(logits, faces, classes, new=None):
@@ -165,10 +156,10 @@ def measure(logits, faces, classes, new=None):
 
     `new` (n,) bool marks faces that do not also stand in the training set.
     """
-    predicted, labels = logits.argmax(dim=1), faces.labels
-    confusion = confusion_matrix(predicted, labels, len(classes))          # (K, K)
-    hits, faces_each, given = confusion.diag(), confusion.sum(1), confusion.sum(0)
-    accuracy, mean_class = accuracies(predicted, labels, len(classes))
+    predicted, labels, K = logits.argmax(dim=1), faces.labels, len(classes)
+    confusion = torch.bincount(labels * K + predicted, minlength=K * K).reshape(K, K)
+    hits, faces_each, given = confusion.diag(), confusion.sum(1), confusion.sum(0)         # (K,)
+    accuracy, mean_class = accuracies(predicted, labels, K)
     result = {
         "faces": len(faces), "accuracy": accuracy, "mean_class_accuracy": mean_class,
         "majority_class_rate": faces_each.max().item() / len(faces),
@@ -334,9 +325,8 @@ def comparable(config):
 def departures(config):
     """Settings in which a run is not what --method alone gives, like ["init none", "lr 0.001"].
 
-    A preset that is not the data's own is one of them, and so is a setting that this code does not
-    know; warm-ups that keep their share of the epochs, and a setting that the run does not know as
-    its code was older, are not.
+    A preset that is not the data's own counts, and so does a setting unknown to this code. Warm-ups
+    that keep their share of the epochs, and settings unknown to the run's older code, do not.
     """
     flags = ["--method", config["method"], "--data", config["data"], "--scale", config["scale"]]
     alone = parse([*flags, "--epochs", str(config["epochs"])])
@@ -356,7 +346,7 @@ def comparison(results, markdown, columns=COLUMNS, title=""):
     The paper's figure stands beside the paper's row alone, one that departs in nothing. Runs that
     have none of the columns are left out; no line if that leaves none.
     """
-    results = [(r, c) for r, c in results if any(key in r for key, _, _ in columns)]
+    results = [(r, c) for r, c in results if any(key in r for key in columns)]
     groups = {}
     for result, config in results:
         group = groups.setdefault((config["data"], config["method"], *departures(config)), [])
@@ -364,23 +354,22 @@ def comparison(results, markdown, columns=COLUMNS, title=""):
             raise InputError(f"{result.get('run')}: a second run of seed {config['seed']} with the "
                              "same settings; name each run once")
         group.append((result, config))
-    columns = [c for c in columns if any(c[0] in result for result, _ in results)]
-    if not columns:
+    if not results:
         return []
+    first = columns is COLUMNS                           # the table that has the paper's figures
+    columns = {k: v for k, v in columns.items() if any(k in result for result, _ in results)}
     groups = dict(sorted(groups.items(), key=lambda item: list(METHODS).index(item[0][1])))
     others = [list(key[2:]) for key in groups]           # what each row departs in
     shared = [s for s in others[0] if len(groups) > 1 and all(s in other for other in others)]
-    rows = [["method", "data", "seeds"] + [heading for _, heading, _ in columns] +
-            ["accuracy in the paper"]]
+    rows = [["method", "data", "seeds", *columns.values(), "accuracy in the paper"]]
     for group, other in zip(groups.values(), others):
         config, cells = group[0][1], []
-        for key, _, percent in columns:
-            values = torch.tensor([result[key] for result, _ in group if key in result])
-            values = values * 100 if percent else values
-            digits = 1 if percent else 3
+        for key in columns:
+            scale, digits = (1, 3) if key == "vote_nll" else (100, 1)
+            values = scale * torch.tensor([r[key] for r, _ in group if key in r])
             spread = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.{digits}f}{spread}" if len(values) else "-")
-        known = not other and group[0][0]["split"] == "test" and columns[0] in COLUMNS
+        known = first and not other and group[0][0]["split"] == "test"
         paper = PAPER.get(config["method"], {}).get(config["data"]) if known else None
         name = ", ".join([config["method"]] + [s for s in other if s not in shared])
         rows.append([name, f"{config['data']} {group[0][0]['split']}",
@@ -536,8 +525,7 @@ def pictures(run, model, state, faces, logits, known, answers):
     if faces.votes is not None:
         made[f"reliability-{faces.split}"] = reliability_picture(logits, faces.votes)
     if c["head"] == "decoder":
-        first = [(faces.labels == k).nonzero()[0].item() for k in range(len(classes))
-                 if (faces.labels == k).any()]
+        first = np.unique(faces.labels, return_index=True)[1].tolist()      # of each class
         titles = [[f"voted {classes[faces.labels[i]]}", f"said {classes[logits[i].argmax()]}"]
                   for i in first]
         made[f"attention-{faces.split}"] = attention_of(model, run, faces[first], classes, titles,
@@ -602,36 +590,27 @@ def read_face(path, about, side, landmarks):
 
 
 def recognise(run, model, state, paths, landmarks, batch_size=64):
-    """Yield (path, probabilities (K,) or None, image or None) for picture files, in batches.
+    """Yield (path, probabilities (K,), image) of each picture file that can be read, in batches.
 
-    A file that cannot be read is told on stderr and yields None. Size, mean and deviation are the
-    checkpoint's, channels and the largest size the data set's.
+    The others are named on stderr. Size, mean and deviation are the checkpoint's, channels and the
+    largest size the data set's.
     """
     c = run.config
     side = min(c["image_size"], DATA[c["data"]]["side"])
-    bar = tqdm(total=len(paths), leave=False, disable=not sys.stderr.isatty())
-    for i in range(0, len(paths), batch_size):
-        read = {}
+    for i in tqdm(range(0, len(paths), batch_size), leave=False, disable=None):
+        read = []
         for path in paths[i:i + batch_size]:
             try:
-                read[path] = torch.from_numpy(read_face(path, DATA[c["data"]], side,
-                                                        landmarks).copy())
+                face = torch.tensor(read_face(path, DATA[c["data"]], side, landmarks))
+                read.append((path, face))                                  # (C, S, S)
             except InputError as error:
                 tqdm.write(f"error: {error}", file=sys.stderr)
         if read:
-            x = torch.stack(list(read.values())).to(run.device)            # (b, C, S, S)
+            x = torch.stack([face for _, face in read]).to(run.device)     # (b, C, S, S)
             with torch.no_grad(), autocast(run):
                 logits = model(normalise(resize(x, c["image_size"]), state))
-            zeta = dict(zip(read, logits.float().softmax(dim=1).cpu()))    # path -> (K,)
-        for path in paths[i:i + batch_size]:
-            yield (path, zeta[path], read[path]) if path in read else (path, None, None)
-            bar.update()
-    bar.close()
-
-
-def guessed_set(zeta, classes):
-    """The candidate set the model would give: the labels that one of ten people would choose."""
-    return [name for name, chance in zip(classes, zeta.tolist()) if chance >= 0.1]
+            for (path, face), zeta in zip(read, logits.float().softmax(dim=1).cpu()):
+                yield path, zeta, face
 
 
 def recognise_files(args, overrides):
@@ -650,20 +629,23 @@ def recognise_files(args, overrides):
     else:
         paths = [Path(p) for p in args.image]
     landmarks = read_landmarks(args.landmarks) if args.landmarks else None
-    rows, shown = [], []
+    rows, shown, header = [], [], ["image", "label", "candidates", *classes]
+    if args.csv:
+        write_rows(args.csv, header, [])         # a path that cannot be written shows at once
     for path, zeta, image in recognise(run, model, state, paths, landmarks):
-        if zeta is None:
-            continue
-        label, chosen = classes[zeta.argmax()], guessed_set(zeta, classes)
+        label = classes[zeta.argmax()]
+        # Its candidate set: the labels that one of ten people would choose.
+        chosen = [name for name, chance in zip(classes, zeta) if chance >= 0.1]
         rows.append([path, label, " ".join(chosen), *(f"{v:.4f}" for v in zeta.tolist())])
         if args.image:
-            shown += [(path, image, label)][:8 - len(shown)]
+            if len(shown) < 8:
+                shown.append((path, image, label))
             order = zeta.argsort(descending=True).tolist()
             say(run, f"{path}\n" + "\n".join(
                 f"  {classes[k]:10s} {zeta[k]:6.1%} {'#' * round(40 * zeta[k].item())}"
                 for k in order) + f"\n  candidate set: {', '.join(chosen)}")
     if args.csv or args.folder:
-        write_rows(args.csv, ["image", "label", "candidates", *classes], rows)
+        write_rows(args.csv, header, rows)
     if shown and run.config["head"] == "decoder":
         picture = attention_of(model, run, torch.stack([image for _, image, _ in shown]), classes,
                                [[path.name[:16], f"said {label}"] for path, _, label in shown],
@@ -693,7 +675,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("runs", nargs="*", default=["runs/train-toy"], help="run folders (%(default)s)")
-    add("--split", default="test", choices=("test", "val"), help="(%(default)s)")
+    add("--split", choices=("test", "val"), help="(test)")
     add("--data-dir", help="folder of the data set (as in training)")
     add("--partial", action="store_true", help="accept a split of unofficial size")
     add("--cache", help="folder of the memory maps (as in training)")
@@ -709,14 +691,16 @@ def main(argv=None):
     overrides.update({k: getattr(args, k) for k in ("data_dir", "partial", "cache")
                       if getattr(args, k)})
     asked = bool(args.image) + bool(args.folder)
-    if asked > 1 or (asked and len(args.runs) > 1) or (not asked and (args.csv or args.landmarks)):
-        raise InputError("--image or --folder takes one run; --csv and --landmarks go with them")
-    if args.image or args.folder:
+    idle = (args.split, args.json, args.markdown) if asked else (args.csv, args.landmarks)
+    if asked > 1 or asked and len(args.runs) > 1 or any(idle):
+        raise InputError("--image or --folder takes one run; --csv and --landmarks go with them, "
+                         "--split, --json and --markdown do not")
+    if asked:
         return recognise_files(args, overrides)
     results, logs, alone = [], [], len(args.runs) == 1 and not args.markdown
     tell = print if int(os.environ.get("RANK", 0)) == 0 else lambda text: None
     for path in args.runs:
-        result, config, log, draw = evaluate(path, args.split, overrides)
+        result, config, log, draw = evaluate(path, args.split or "test", overrides)
         if draw:
             keep_result(path, result)            # before it is told: a broken pipe loses nothing
         results.append((result, config))
@@ -724,7 +708,7 @@ def main(argv=None):
         if args.json:
             tell(json.dumps(result))
         elif alone:
-            tell(f"{path}, epoch {result['epoch']}, {result['data']} {args.split} split")
+            tell(f"{path}, epoch {result['epoch']}, {result['data']} {result['split']} split")
             text = as_text(result, DATA[result["data"]]["classes"], config["revise"])
             tell("\n".join(result["notes"]) + "\n\n" + text)
     if args.json:

@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
+from vit import patchify, unpatchify
+
 BINS = 9  # orientations of 20 degrees each
 AT_ONCE = 8  # images of a batch whose votes are counted at a time
 
@@ -115,23 +117,14 @@ def hog(images, cell=8, binning="hard"):
 def to_patches(histograms, cells):
     """Histograms (B, C, 9, h, w) -> targets (B, N, C*9*cells^2), cells x cells of them a patch.
 
-    N = (h/cells) * (w/cells), row by row as the ViT's tokens; in a target: channel, bin, row,
-    column.
+    In the order of the ViT's tokens; in a target: channel, bin, row, column.
     """
-    batch, channels, bins, height, width = histograms.shape
-    rows, columns = height // cells, width // cells
-    x = histograms.reshape(batch, channels * bins, rows, cells, columns, cells)
-    x = x.permute(0, 2, 4, 1, 3, 5)                                     # (B, rows, columns, ...)
-    return x.reshape(batch, rows * columns, -1)                         # (B, N, C*9*cells^2)
+    return patchify(histograms.flatten(1, 2), cells)
 
 
 def from_patches(targets, cells):
     """Inverse of `to_patches` for square images: (B, N, C*9*cells^2) -> (B, C, 9, h, h)."""
-    batch, count, _ = targets.shape
-    side = round(count ** 0.5)
-    x = targets.reshape(batch, side, side, -1, cells, cells)
-    x = x.permute(0, 3, 1, 4, 2, 5)                                     # (B, C*9, side, cells, ...)
-    return x.reshape(batch, -1, BINS, side * cells, side * cells)
+    return unpatchify(targets, cells).unflatten(1, (-1, BINS))
 
 
 def hog_targets(images, patch_size=16):

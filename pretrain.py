@@ -25,14 +25,13 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -306,7 +305,6 @@ def make_parser(description, settings):
     add("--device", help="cpu, cuda or cuda:N (cuda if there is one)")
     add("--deterministic", action="store_true", help="the same bits on CUDA too, more slowly")
     add("--resume", action="store_true", help="go on from the run folder's last.pt")
-    add("--partial", action="store_true", help="accept a data set of unofficial size")
     add("--accumulate", type=int, default=1, help="parts a process's share of a batch is computed "
         "in, for less memory (%(default)s)")
     add("--compile", action="store_true", help="torch.compile the network (needs a C++ compiler)")
@@ -340,22 +338,21 @@ def resolve(args, settings, stage, overrides=None):
     config["scale"] = args.scale or ("laptop" if args.data == "toy" else "paper")
     config["stage"] = stage
     config["workers"] = 2 * (config["scale"] == "paper") if args.workers is None else args.workers
-    for name, low, high in (("seed", 0, 2**32), ("workers", 0, 1000), ("accumulate", 1, 100_000)):
-        if not low <= config[name] <= high:
-            raise InputError(f"--{name} {config[name]}: give a number from {low} to {high}")
     settle_flags(config)
+    given = lambda name: f"--{name.replace('_', '-')} {config[name]}"
+    limits = [("seed", 0, 2**32), ("workers", 0, 1000), ("accumulate", 1, 100_000)]
     for name, (paper, _, low, high, _) in settings.items():
         if config[name] is None:
             column = 0 if config["scale"] == "paper" else 1
             config[name] = (overrides or {}).get(name, settings[name][column])
             if name.startswith("warmup"):
                 config[name] = round(config[name] * config["epochs"] / settings["epochs"][column])
-        if not isinstance(paper, str) and not low <= config[name] <= high:
-            raise InputError(f"--{name.replace('_', '-')} {config[name]}: give a number from {low} "
-                             f"to {high}")
+        limits += [(name, low, high)] * (not isinstance(paper, str))
+    for name, low, high in limits:
+        if not low <= config[name] <= high:
+            raise InputError(f"{given(name)}: give a number from {low} to {high}")
         if name.startswith("warmup") and config[name] > config["epochs"]:
-            raise InputError(f"--{name.replace('_', '-')} {config[name]}: more than the "
-                             f"{config['epochs']} epochs")
+            raise InputError(f"{given(name)}: more than the {config['epochs']} epochs")
     compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
     if config["compile"] and not any(map(shutil.which, compilers)):
         raise InputError("--compile: no C++ compiler is found; install g++ or leave it out")
@@ -364,13 +361,11 @@ def resolve(args, settings, stage, overrides=None):
         sizes.append(("image_size", "patch_size"))
     for a, b in sizes:
         if a in config and config[a] % config[b]:
-            raise InputError(f"--{a.replace('_', '-')} {config[a]} is not a multiple of "
-                             f"--{b.replace('_', '-')} {config[b]}")
+            raise InputError(f"{given(a)} is not a multiple of {given(b)}")
     for name, unit, reason in (("dim", 4, "the sine waves of the positions"), ("patch_size", 2,
                                "2 x 2 cells of HOG"), ("decoder_dim", 4, "its positions")):
         if name in config and config[name] % unit:
-            raise InputError(f"--{name.replace('_', '-')} {config[name]} is not a multiple of "
-                             f"{unit}, as {reason} need")
+            raise InputError(f"{given(name)} is not a multiple of {unit}, as {reason} need")
     return config
 
 
@@ -538,20 +533,18 @@ def parameter_groups(model, weight_decay, depth, layer_decay=1.0):
 
     With layer-wise decay (BEiT, MaskFeat), block i of the encoder has the scale
     layer_decay^(depth - i), the embeddings layer_decay^(depth + 1), and what comes after the blocks
-    1, as has all of an encoder that has no `blocks` (ResNet-18). No weight decay on 1-D parameters
-    (norms, biases), tokens and positions.
+    1; so does everything of an encoder without `blocks` (ResNet-18). No weight decay on 1-D
+    parameters (norms, biases), tokens and positions.
     """
     groups = {}
     for name, p in model.named_parameters():
-        parts = name.split(".")
         layer = depth + 1
-        if parts[:2] == ["encoder", "blocks"]:
-            layer = int(parts[2]) + 1
-        elif parts[:2] in (["encoder", "patch_embed"], ["encoder", "class_token"],
-                           ["encoder", "positions"]):
+        if name.startswith("encoder.blocks."):
+            layer = int(name.split(".")[2]) + 1
+        elif name.startswith(("encoder.patch_embed", "encoder.class_token", "encoder.positions")):
             layer = 0
-        decay = 0.0 if p.ndim == 1 or parts[-1] in ("class_token", "positions", "mask_token") \
-            else weight_decay
+        plain = p.ndim == 1 or name.endswith(("class_token", "positions", "mask_token"))
+        decay = 0.0 if plain else weight_decay
         group = groups.setdefault((layer, decay), {
             "params": [], "weight_decay": decay, "scale": layer_decay ** (depth + 1 - layer)})
         group["params"].append(p)
@@ -602,7 +595,8 @@ def replace_file(path, write):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:             # torch.save's writer raises RuntimeError
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):                          # a read-only disk forbids this, too
+            beside.unlink()
         raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}); is the disk "
                          "full? What was there before is still there") from None
 
@@ -613,8 +607,7 @@ def load_checkpoint(path, stage=None, ours=True):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path}: no such checkpoint") from None
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, LookupError,
-            AttributeError, TypeError) as error:         # what torch.load raises for other files
+    except Exception as error:                           # of other files torch.load says anything
         raise InputError(f"{path}: not a readable checkpoint ({type(error).__name__}); it is "
                          "truncated or not ours") from None
     if not isinstance(state, dict) or (ours and "stage" not in state):
@@ -654,7 +647,8 @@ def saved_state(run):
     """The run folder's checkpoint with --resume, else None; InputError if it is of other settings.
 
     Read once, before anything is taken from it. A run that torchrun starts again resumes by itself
-    (--max-restarts): the checkpoint is then its own, as each run saves before its first step.
+    (--max-restarts): the checkpoint is then its own, as each run saves before its first step; if it
+    died before that, it may be an earlier run's of the same settings.
     """
     path = run.out / "last.pt"
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -741,7 +735,7 @@ def batches(run, faces, epoch, first):
     if run.loader is None:
         workers = run.config["workers"]
         run.loader = DataLoader(faces, sampler=[], batch_size=None, num_workers=workers,
-                                persistent_workers=workers > 0,
+                                persistent_workers=workers > 0, worker_init_fn=ignore_ctrl_c,
                                 pin_memory=run.device.type == "cuda")
     run.loader.sampler[:] = local.tolist()
     loaded = iter(run.loader)
@@ -751,8 +745,13 @@ def batches(run, faces, epoch, first):
         yield images, indices                                              # Algorithm 1, line 5
 
 
+def ignore_ctrl_c(worker):
+    """A loading process goes on after Ctrl-C, as the first process does until all is saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def steps_per_epoch(run, faces):
-    """Whole batches in the training set; InputError for a batch that cannot be had or divided."""
+    """Whole batches in the training set; InputError if the batch is larger or cannot be split."""
     size, unit = run.config["batch_size"], run.world * run.parts
     if size % unit:
         parts = f" of {run.parts} parts" * (run.parts > 1)
@@ -812,7 +811,7 @@ def train_epoch(run, network, optimizer, scaler, faces, step_loss, state, signal
     epoch, first = divmod(state["step"], steps)
     network.train()
     bar = tqdm(batches(run, faces, epoch, first), f"epoch {epoch + 1}/{c['epochs']}", steps,
-               initial=first, leave=False, disable=run.rank > 0 or not sys.stderr.isatty())
+               initial=first, leave=False, disable=run.rank > 0 or None)
     for images, indices in bar:                              # Algorithm 1, line 4
         step = state["step"]
         lr = learning_rate(step, steps * c["epochs"], steps * c["warmup_epochs"], c["lr"])

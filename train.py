@@ -203,7 +203,7 @@ def initial_weights(config, encoder):
         where, weights = resnet_weights(config["init"])
     else:
         where, weights = pretrained_weights(config)
-    if config["model"] == "vit":
+    if "positions" in weights:
         weights["positions"] = interpolate_positions(weights["positions"], encoder.grid)
     load_weights(encoder, weights, where)
     return f"encoder: all {len(weights)} tensors from {where}"
@@ -279,23 +279,24 @@ def make_candidates(config, faces):
     "lw1", "lw2", "lw4" and "uniform:Q" generate sets around the label; "votes" takes the labels
     with votes, and is the default where there are votes.
     """
-    kind, classes = config["candidates"], len(DATA[config["data"]]["classes"])
+    classes = len(DATA[config["data"]]["classes"])
+    kind = config["candidates"] or ("lw1" if faces.votes is None else "votes")
     if kind == "votes" and faces.votes is None:
         raise InputError(f"--candidates votes: {config['data']} has no votes; choose lw1, lw2, lw4 "
                          "or uniform:Q")
-    generated = kind not in (None, "votes") or faces.votes is None
+    generated = kind != "votes"
     if config["min_votes"] > 1 and (generated or faces.votes.max() <= 1):
         raise InputError("--min-votes: these sets are " + ("generated" if generated else "from "
                          "shares of votes") + ", not from counts of votes; leave it out")
     if not generated:
         return candidates_from_votes(faces.votes, config["min_votes"])
-    matrix = uniform_transition(classes, float(kind[8:])) if (kind or "").startswith("uniform:") \
-        else transition(classes, kind or "lw1")
+    matrix = uniform_transition(classes, float(kind[8:])) if kind.startswith("uniform:") \
+        else transition(classes, kind)
     return generate_candidates(faces.labels, matrix, config["seed"])
 
 
 def make_confidence(config, faces, candidates):
-    """C before training (n, K): Y / |Y| or vote shares; one-hot for "ce", all votes for "soft".
+    """C before training (n, K): Y / |Y| or vote shares; one-hot for "ce", vote shares for "soft".
 
     For "lw" its weights, which sum to 1 inside the set and to 1 outside.
     """
@@ -311,14 +312,12 @@ def make_confidence(config, faces, candidates):
     if config["loss"] == "soft":
         return faces.votes / faces.votes.sum(dim=1, keepdim=True)
     if config["loss"] == "lw":
-        outside = ~candidates
-        uniform = outside / outside.sum(dim=1, keepdim=True).clamp(min=1)
-        return initial_confidence(candidates) + uniform  # LW's weights, each part with sum 1
+        return lw_weights(torch.zeros(candidates.shape), candidates)      # of equal logits
     return initial_confidence(candidates, faces.votes if config["prior"] == "votes" else None)
 
 
 def share_rows(run, indices, rows):
-    """All processes' rows of the table C: indices (b,), rows (b, K) -> (B,), (B, K).
+    """All processes' rows of the table C: indices (b,), rows (b, ...) -> (B,), (B, ...).
 
     A face's confidence is one truth: after this, every process writes every row of the step.
     """
@@ -377,13 +376,11 @@ def parse(argv):
     name, pll = config["data"], config["loss"] == "pll"
     config["out"] = config["out"] or f"runs/train-{name}" + (
         "" if args.method == "ours" else "-" + args.method)
-    init = config["init"] or row.get("init", "pretrain" if config["model"] == "vit" else "imagenet")
-    if init.startswith("pretrain") and not config["init"]:
-        init = f"runs/pretrain-{name}" + init.removeprefix("pretrain")
-    if init == "imagenet" and not args.init and config["scale"] == "laptop":
-        init = "none"            # there are none of the ViT's size; ResNet-18 shall start like it
-    config["init"] = init
-    config["revise"] = row.get("revise", pll) and pll if args.revise is None else args.revise
+    init = row.get("init", "pretrain" if config["model"] == "vit" else "imagenet")
+    if init == "imagenet" and config["scale"] == "laptop":
+        init = "none"            # there are none of the ViT's size; ResNet-18 starts alike
+    config["init"] = args.init or init.replace("pretrain", f"runs/pretrain-{name}")
+    config["revise"] = pll and row.get("revise", True) if args.revise is None else args.revise
     refuse_idle(vars(args), config, NEEDS)
     check_combination(config)
     return config
@@ -392,9 +389,9 @@ def parse(argv):
 def check_combination(config):
     """Settings that cannot go together, as an InputError with what to do."""
     kind = config["candidates"]
-    known = kind in (None, "votes", "lw1", "lw2", "lw4")
     try:
-        known = known or (kind.startswith("uniform:") and 0 <= float(kind[8:]) <= 1)
+        known = kind in (None, "votes", "lw1", "lw2", "lw4") or \
+            (kind.startswith("uniform:") and 0 <= float(kind[8:]) <= 1)
     except ValueError:
         known = False
     if not known:
@@ -414,9 +411,6 @@ def check_combination(config):
     if config["loss"] == "pico" and config["accumulate"] > 1:
         raise InputError("--accumulate: PiCO's queue and momentum model move once a batch; use "
                          "more processes or a smaller --batch-size")
-    if config["loss"] == "pico" and config["queue"] < config["batch_size"]:
-        raise InputError(f"--queue {config['queue']}: PiCO's queue must hold at least a batch, "
-                         f"{config['batch_size']} keys")
     if config["loss"] == "pico" and config["crop_scale"] == 1 and not (
             config["degrees"] or config["light"] or config["erase"]):
         raise InputError("--loss pico: compares two views of a face, which need augmentation; set "
@@ -463,11 +457,12 @@ def spread(c, head):
 
 
 def objective(c, logits, confidence, candidates, revising):
-    """Loss of a batch and its rows of C for the next visit: (scalar, (B, K)). It keeps nothing.
+    """Loss of a batch and its rows of C for the next visit: (scalar, (B, K)).
 
-    Each step asks it once more what a classifier that ignores the image would lose.
-    For "ce" and "soft" C is a constant, the one-hot label or the vote shares; for "lw" it holds the
-    weights. The method itself revises C before the loss is computed, as Algorithm 1 says.
+    It changes nothing in place: each step asks it once more what a classifier that ignores the
+    image would lose. For "ce" and "soft" C is a constant, the one-hot label or the vote shares; for
+    "lw" it holds the weights. The method itself revises C before the loss is computed, as
+    Algorithm 1 says.
     """
     if c["loss"] == "cc":
         return cc_loss(logits, candidates), confidence
@@ -522,21 +517,13 @@ def pico_state(run, model, saved):
     queue = F.normalize(torch.randn(c["queue"], PICO["width"], generator=generator), dim=1)
     state = {"key_model": copy.deepcopy(model).requires_grad_(False),
              "prototypes": torch.zeros(classes, PICO["width"], device=run.device),
-             "queue": queue.to(run.device), "at": torch.zeros((), dtype=torch.long),
+             "queue": queue.to(run.device),
              "queue_labels": torch.full((c["queue"],), -1, device=run.device)}
     if saved:
         state["key_model"].load_state_dict(saved["pico"]["key_model"])
         state.update({k: v.to(state[k].device) for k, v in saved["pico"].items()
                       if k != "key_model"})
     return state
-
-
-def enqueue(state, keys, labels):
-    """Put keys (B, 128) and their labels (B,) in the place of the oldest in PiCO's queue."""
-    at = (state["at"] + torch.arange(len(keys))) % len(state["queue"])    # (B,)
-    state["queue"][at.to(keys.device)] = keys
-    state["queue_labels"][at.to(keys.device)] = labels
-    state["at"] = (state["at"] + len(keys)) % len(state["queue"])
 
 
 def pico(run, model, faces, table, state):
@@ -567,7 +554,8 @@ def pico(run, model, faces, table, state):
             q_all, k_all = (share_rows(run, indices, x.detach())[1] for x in (q, k))   # (B, 128)
             everywhere, guess_all = share_rows(run, indices, guess)       # (B,)
             finite = q_all.isfinite().all() and k_all.isfinite().all()   # of all processes alike
-            keys = torch.cat([k_all, state["queue"]])                     # (B+M, 128)
+            keys = torch.cat([k_all, state["queue"]])                     # (B+M, 128), newest first
+            key_labels = torch.cat([guess_all, state["queue_labels"]])    # (B+M,)
             positive = F.pad(everywhere == indices[:, None], (0, len(state["queue"])))   # (b, B+M)
             epoch = step // steps
             if epoch >= c["warmup_revision"] and finite:
@@ -575,11 +563,11 @@ def pico(run, model, faces, table, state):
                 share = epoch / max(c["epochs"] - 1, 1)
                 momentum = PICO["start"] + (PICO["end"] - PICO["start"]) * share
                 confidence[everywhere] = moving_confidence(confidence[everywhere], near, momentum)
-                same = guess[:, None] == torch.cat([guess_all, state["queue_labels"]])
-                positive = positive | same
+                positive |= guess[:, None] == key_labels
             if finite:
                 state["prototypes"] = move_prototypes(state["prototypes"], q_all, guess_all)
-                enqueue(state, k_all, guess_all)
+                state["queue"] = keys[:c["queue"]].clone()                # without the oldest
+                state["queue_labels"] = key_labels[:c["queue"]].clone()
         uniform, target = spread(c, model.head), confidence[indices]      # (b, K)
         pll, trivial = pll_loss(logits, target), pll_loss(frequency.expand_as(target), target)
         contrast = contrastive_loss(q, keys, positive)

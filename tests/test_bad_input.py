@@ -133,8 +133,7 @@ IMAGES = [
      IMAGE + "colour mode I;16 is not read here; convert it to 8-bit grey or RGB"),
     ("animated", broken(image(kind="gif", save_all=True, append_images=[
         Image.new("L", (48, 48), 9)])), IMAGE + "holds 2 frames; extract one"),
-    ("huge", broken(image("1", (20_000, 20_000))), IMAGE + "more than 89478485 pixels; shrink it"),
-    ("large", broken(image("1", (10_000, 10_000))), IMAGE + "more than 89478485 pixels; shrink it"),
+    ("huge", broken(image("1", (20_000, 20_000))), IMAGE + "more than 178956970 pixels; shrink it"),
     ("a folder for an image", lambda f: [ferplus(f, [("", NEUTRAL), ("a.png", NEUTRAL)]),
                                          (f / "FER2013Train/a.png").mkdir()][0],
      "TMP/FER2013Train/a.png: not a readable image ([Errno 21] Is a directory: "
@@ -164,7 +163,7 @@ TABLES = [
     ("nothing but non-faces", one_row([0] * 9 + [10]),
      "TMP: no face is left in the train split of ferplus"),
     ("not UTF-8", bad_bytes(ferplus, "fer2013new.csv", b"neutral", b"\xff\xfe"),
-     "TMP/fer2013new.csv: not UTF-8 (byte 17); save it as UTF-8"),
+     "TMP/fer2013new.csv: not UTF-8; save it as UTF-8"),
     ("a name that leaves the folder", one_row(NEUTRAL, "../../secret.png"),
      "TMP/fer2013new.csv, row 2: '../../secret.png' leaves the data folder; correct the row"),
     ("Kaggle's of another length", lambda f: ferplus(f, kaggle=[]),
@@ -188,7 +187,10 @@ OTHERS = [
     ("listed twice", lambda f: raf(f, "train_00001.jpg 5\ntrain_00001.jpg 4\n"),
      f"{LIST}, row 2: train_00001.jpg is listed twice; remove one row"),
     ("list not UTF-8", lambda f: raf(f, b"train_\xe9.jpg 5\n"),
-     f"{LIST}: not UTF-8 (byte 6); save it as UTF-8"),
+     f"{LIST}: not UTF-8; save it as UTF-8"),
+    ("a folder for a list", lambda f: [
+        raf(f), (f / LIST[4:]).unlink(), (f / LIST[4:]).mkdir()][0],
+     f"{LIST}: not a readable file ([Errno 21] Is a directory: '{LIST}')"),
     ("of no split", lambda f: raf(f, "val_00001.jpg 5\n"),
      f"{LIST}, row 1: 'val_00001.jpg' begins with neither train_ nor test_; rename the file and "
      "correct the row"),

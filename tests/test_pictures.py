@@ -14,7 +14,7 @@ import pll
 import pretrain
 from conftest import (DECODER, ROOT, TINY, faces_with, flags_for, given_to_fit, read_state,
                       run_script, shown_accuracy)
-from datasets import DATA, TEMPLATE, load_faces, to_picture
+from datasets import DATA, TEMPLATE, InputError, load_faces, to_picture
 from decoder import heat
 from hog import BINS, edge, glyphs
 
@@ -382,6 +382,15 @@ def test_wrong_input_is_one_line(flags, message, trained, pictures, capsys):
     with pytest.raises(SystemExit) as stop:
         pretrain.command_line(lambda: evaluate.main([str(trained), *flags]))
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_csv_that_cannot_be_written_is_said_before_a_face_is_read(trained, pictures,
+                                                                    monkeypatch):
+    read = []
+    monkeypatch.setattr(evaluate, "read_face", lambda *args: read.append(args))
+    with pytest.raises(InputError, match="--csv /dev/null/x: cannot be written"):
+        evaluate.main([str(trained), "--folder", str(pictures), "--csv", "/dev/null/x"])
+    assert not read
 
 
 def test_curves_of_several_runs_have_a_colour_each(trained, method_run):

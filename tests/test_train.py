@@ -91,6 +91,10 @@ def test_a_vit_of_other_code_is_read_from_the_four_entries_that_the_readme_names
     torch.save({**foreign, "config": {}}, tmp_path / "vit.pt")
     with pytest.raises(InputError, match="vit.pt: its config has None heads, this command 2"):
         train.initial_weights(config, encoder)
+    model = {k.replace("positions", "pos_embed"): v for k, v in foreign["model"].items()}
+    torch.save({**foreign, "model": model}, tmp_path / "vit.pt")
+    with pytest.raises(InputError, match="1 missing, 1 superfluous.*positions"):
+        train.initial_weights(config, encoder)
 
 
 def test_no_gradient_goes_through_the_table():
@@ -301,7 +305,9 @@ def test_resuming_with_other_settings_is_refused_with_the_differences(trained, c
     (evaluate, [], "runs/train-toy: no such run; make it with: python train.py"),
     (evaluate, [__file__], "test_train.py: not a readable checkpoint"),
     (evaluate, ["--csv", "x.csv"], "--csv and --landmarks go with them"),
-    (evaluate, ["a", "b", "--image", "x.png"], "--image or --folder takes one run")])
+    (evaluate, ["a", "b", "--image", "x.png"], "--image or --folder takes one run"),
+    (evaluate, ["--image", "x.png", "--json"], "--split, --json and --markdown do not"),
+    (evaluate, ["--folder", ".", "--split", "val"], "--split, --json and --markdown do not")])
 def test_wrong_input_is_one_line_and_status_2(script, flags, message, tmp_path, cache, monkeypatch,
                                               capsys):
     monkeypatch.chdir(tmp_path)

@@ -3,6 +3,7 @@ import contextlib
 import itertools
 import json
 import os
+import pathlib
 import signal
 import struct
 import subprocess
@@ -122,6 +123,23 @@ def test_a_second_ctrl_c_stops_at_once():
             os.kill(os.getpid(), signal.SIGINT)
             assert signals == [signal.SIGINT]
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_loading_process_that_was_not_forked_goes_on_after_ctrl_c(tmp_path, cache):
+    """The whole process group gets the signal, as from a terminal; all eight batches come."""
+    program = """if True:
+        import multiprocessing, os, signal, sys, pretrain, train
+        multiprocessing.set_start_method("forkserver")
+        run = pretrain.start(train.parse(sys.argv[1:]))
+        with pretrain.caught_signals() as signals:
+            for k, _ in enumerate(pretrain.batches(run, pretrain.load_split(run, "train"), 0, 0)):
+                if k == 1:
+                    os.killpg(0, signal.SIGINT)
+        print(k + 1, *map(int, signals))"""
+    done = subprocess.run([sys.executable, "-c", program, *flags_of([], tmp_path, cache),
+                           "--workers", "1"], cwd=ROOT, env={**os.environ, **ONE_THREAD},
+                          capture_output=True, text=True, start_new_session=True, timeout=120)
+    assert done.stdout.splitlines()[-1:] == ["8 2"], done.stderr
 
 
 def test_what_was_stopped_at_once_has_a_shells_status_and_one_line(capsys):
@@ -280,7 +298,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 def test_an_evaluation_that_cannot_be_kept_leaves_the_old_one(tmp_path, monkeypatch):
     evaluate.keep_result(tmp_path, {"split": "test", "accuracy": 0.5})
 
-    def full(descriptor):
+    def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
@@ -288,6 +306,9 @@ def test_an_evaluation_that_cannot_be_kept_leaves_the_old_one(tmp_path, monkeypa
         evaluate.keep_result(tmp_path, {"split": "test", "accuracy": 0.75})
     assert json.loads((tmp_path / "test.json").read_text())["accuracy"] == 0.5
     assert [p.name for p in tmp_path.iterdir()] == ["test.json"]
+    monkeypatch.setattr(pathlib.Path, "unlink", full)            # as on a disk that is read only
+    with pytest.raises(InputError, match="test.json: cannot be written .*No space left"):
+        evaluate.keep_result(tmp_path, {"split": "test", "accuracy": 0.75})
 
 
 def broken_at(step, value=float("nan"), rank=None):
