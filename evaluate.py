@@ -629,9 +629,9 @@ def recognise_files(args, overrides):
     else:
         paths = [Path(p) for p in args.image]
     landmarks = read_landmarks(args.landmarks) if args.landmarks else None
-    rows, shown, header = [], [], ["image", "label", "candidates", *classes]
     if args.csv:
-        write_rows(args.csv, header, [])         # a path that cannot be written shows at once
+        write_rows(args.csv, [], "a")            # a path that cannot be written shows at once
+    rows, shown = [], []
     for path, zeta, image in recognise(run, model, state, paths, landmarks):
         label = classes[zeta.argmax()]
         # Its candidate set: the labels that one of ten people would choose.
@@ -645,7 +645,7 @@ def recognise_files(args, overrides):
                 f"  {classes[k]:10s} {zeta[k]:6.1%} {'#' * round(40 * zeta[k].item())}"
                 for k in order) + f"\n  candidate set: {', '.join(chosen)}")
     if args.csv or args.folder:
-        write_rows(args.csv, header, rows)
+        write_rows(args.csv, [["image", "label", "candidates", *classes], *rows])
     if shown and run.config["head"] == "decoder":
         picture = attention_of(model, run, torch.stack([image for _, image, _ in shown]), classes,
                                [[path.name[:16], f"said {label}"] for path, _, label in shown],
@@ -656,14 +656,14 @@ def recognise_files(args, overrides):
         raise Stopped(f"{len(paths) - len(rows)} of {len(paths)} pictures could not be read")
 
 
-def write_rows(path, header, rows):
-    """A csv file, or stdout for want of a path."""
+def write_rows(path, rows, mode="w"):
+    """A csv file, or stdout for want of a path; mode "a" leaves what the file holds."""
     if not path:
-        csv.writer(sys.stdout, lineterminator="\n").writerows([header, *rows])
+        csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
         return
     try:
-        with open(path, "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows([header, *rows])
+        with open(path, mode, newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
     except OSError as error:
         raise InputError(f"--csv {path}: cannot be written ({error.strerror})") from None
 

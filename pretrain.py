@@ -338,19 +338,22 @@ def resolve(args, settings, stage, overrides=None):
     config["scale"] = args.scale or ("laptop" if args.data == "toy" else "paper")
     config["stage"] = stage
     config["workers"] = 2 * (config["scale"] == "paper") if args.workers is None else args.workers
-    settle_flags(config)
     given = lambda name: f"--{name.replace('_', '-')} {config[name]}"
-    limits = [("seed", 0, 2**32), ("workers", 0, 1000), ("accumulate", 1, 100_000)]
+
+    def limit(name, low, high):
+        if not low <= config[name] <= high:
+            raise InputError(f"{given(name)}: give a number from {low} to {high}")
+
+    limit("seed", 0, 2**32), limit("workers", 0, 1000), limit("accumulate", 1, 100_000)
+    settle_flags(config)
     for name, (paper, _, low, high, _) in settings.items():
         if config[name] is None:
             column = 0 if config["scale"] == "paper" else 1
             config[name] = (overrides or {}).get(name, settings[name][column])
             if name.startswith("warmup"):
                 config[name] = round(config[name] * config["epochs"] / settings["epochs"][column])
-        limits += [(name, low, high)] * (not isinstance(paper, str))
-    for name, low, high in limits:
-        if not low <= config[name] <= high:
-            raise InputError(f"{given(name)}: give a number from {low} to {high}")
+        if not isinstance(paper, str):
+            limit(name, low, high)
         if name.startswith("warmup") and config[name] > config["epochs"]:
             raise InputError(f"{given(name)}: more than the {config['epochs']} epochs")
     compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
@@ -735,7 +738,7 @@ def batches(run, faces, epoch, first):
     if run.loader is None:
         workers = run.config["workers"]
         run.loader = DataLoader(faces, sampler=[], batch_size=None, num_workers=workers,
-                                persistent_workers=workers > 0, worker_init_fn=ignore_ctrl_c,
+                                persistent_workers=workers > 0, worker_init_fn=go_on,
                                 pin_memory=run.device.type == "cuda")
     run.loader.sampler[:] = local.tolist()
     loaded = iter(run.loader)
@@ -745,9 +748,13 @@ def batches(run, faces, epoch, first):
         yield images, indices                                              # Algorithm 1, line 5
 
 
-def ignore_ctrl_c(worker):
-    """A loading process goes on after Ctrl-C, as the first process does until all is saved."""
+def go_on(worker):
+    """A loading process outlives Ctrl-C, and SIGTERM by 15 s: the step until all is saved needs it.
+
+    A terminal and torchrun send them to the whole group of processes.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(15))
 
 
 def steps_per_epoch(run, faces):

@@ -520,6 +520,9 @@ def pico_state(run, model, saved):
              "queue": queue.to(run.device),
              "queue_labels": torch.full((c["queue"],), -1, device=run.device)}
     if saved:
+        if saved["pico"].keys() != state.keys():
+            raise InputError(f"{run.out / 'last.pt'}: what PiCO keeps is of other code; start anew "
+                             "without --resume")
         state["key_model"].load_state_dict(saved["pico"]["key_model"])
         state.update({k: v.to(state[k].device) for k, v in saved["pico"].items()
                       if k != "key_model"})

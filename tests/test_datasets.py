@@ -416,6 +416,12 @@ def test_image_modes_that_are_not_read(tmp_path, mode, message):
         read_image(path, 3)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")   # as datasets.py does
+def test_a_photograph_of_a_hundred_megapixels_is_read(tmp_path):
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", 1).size == (10_000, 10_000)
+
+
 def test_a_phones_photograph_with_a_second_picture_is_its_first(tmp_path):
     first, second = Image.new("RGB", (8, 8), (200, 100, 50)), Image.new("RGB", (8, 8))
     first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second])

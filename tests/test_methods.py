@@ -306,7 +306,8 @@ def test_runs_that_differ_in_more_than_the_seed_are_rows_that_say_so():
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         "| ours", "| ours, init none", "| ours, lr 1.0",
         "| ours, epochs 10, revise False"]               # warm-ups keep their share
-    rounding = [result(0.8, 0), result(0.9, 1, "--compile"), result(0.7, 2, "--accumulate", "2")]
+    rounding = [result(0.8, 0), result(0.9, 1), result(0.7, 2, "--accumulate", "2")]
+    rounding[1][1]["compile"] = True                     # the flag itself needs a C++ compiler
     assert [line.split(" | ")[2] for line in comparison(rounding, True)[2:]] == ["3"]
     assert comparison([result(0.8, 0, "--partial")], True)[2].startswith("| ours, partial True |")
     assert lines[2].split(" | ")[2:] == ["2", "85.0 ± 7.1", "50.0 ± 0.0", "92.05 |"]
@@ -469,6 +470,27 @@ def test_picos_step_is_its_parts_in_their_order(cache, monkeypatch):
     assert state["queue_labels"][:500].equal(guess)
     torch.testing.assert_close(state["queue"][:500], state["key_model"](views[1])[1])
     torch.testing.assert_close(state["prototypes"], move_prototypes(old, q.detach(), guess, 0.99))
+
+
+@pytest.mark.parametrize("size", [1024, 100])
+def test_picos_queue_holds_the_newest_keys(size, cache):
+    given = pico_before_its_first_step(cache, f"--epochs 3 --queue {size}")
+    _, model, faces, _, state = given
+    step, indices = train.pico(*given), torch.arange(500)
+    for n in (0, 1):
+        old, old_labels = state["queue"], state["queue_labels"]
+        step(model, faces[indices], indices, n)
+        assert state["queue"].shape == (size, 128) and len(state["queue_labels"]) == size
+        assert not state["queue"][:100].isclose(old[:100]).all(dim=1).any()
+        assert state["queue"][500:].equal(old[:max(size - 500, 0)])
+        assert state["queue_labels"][500:].equal(old_labels[:max(size - 500, 0)])
+
+
+def test_a_pico_run_of_other_code_is_not_resumed(cache):
+    run, model, _, _, state = pico_before_its_first_step(cache, "--epochs 3")
+    saved = {"pico": {**state, "at": torch.zeros(())}}
+    with pytest.raises(InputError, match="last.pt: what PiCO keeps is of other code; start anew"):
+        train.pico_state(run, model, saved)
 
 
 @pytest.mark.parametrize("epoch", [0, 1])

@@ -384,13 +384,18 @@ def test_wrong_input_is_one_line(flags, message, trained, pictures, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_a_csv_that_cannot_be_written_is_said_before_a_face_is_read(trained, pictures,
+def test_a_csv_that_cannot_be_written_is_said_before_a_face_is_read(trained, pictures, tmp_path,
                                                                     monkeypatch):
     read = []
     monkeypatch.setattr(evaluate, "read_face", lambda *args: read.append(args))
     with pytest.raises(InputError, match="--csv /dev/null/x: cannot be written"):
         evaluate.main([str(trained), "--folder", str(pictures), "--csv", "/dev/null/x"])
     assert not read
+    (tmp_path / "old.csv").write_text("what stood there")
+    monkeypatch.setattr(evaluate, "read_face", torch.cat)              # fails
+    with pytest.raises(TypeError):
+        evaluate.main([str(trained), "--folder", str(pictures), "--csv", str(tmp_path / "old.csv")])
+    assert (tmp_path / "old.csv").read_text() == "what stood there"
 
 
 def test_curves_of_several_runs_have_a_colour_each(trained, method_run):

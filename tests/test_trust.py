@@ -125,21 +125,27 @@ def test_a_second_ctrl_c_stops_at_once():
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_loading_process_that_was_not_forked_goes_on_after_ctrl_c(tmp_path, cache):
-    """The whole process group gets the signal, as from a terminal; all eight batches come."""
+@pytest.mark.parametrize("number, how", [(signal.SIGINT, "fork"), (signal.SIGINT, "forkserver"),
+                                         (signal.SIGTERM, "fork")])
+def test_loading_processes_outlive_the_signal_that_stops_a_run(number, how, tmp_path, cache):
+    """The whole group of processes gets it, as from a terminal or from torchrun; all eight batches
+    come. (A server of forks dies of SIGTERM, and its processes with it.)"""
     program = """if True:
-        import multiprocessing, os, signal, sys, pretrain, train
-        multiprocessing.set_start_method("forkserver")
-        run = pretrain.start(train.parse(sys.argv[1:]))
-        with pretrain.caught_signals() as signals:
-            for k, _ in enumerate(pretrain.batches(run, pretrain.load_split(run, "train"), 0, 0)):
-                if k == 1:
-                    os.killpg(0, signal.SIGINT)
-        print(k + 1, *map(int, signals))"""
-    done = subprocess.run([sys.executable, "-c", program, *flags_of([], tmp_path, cache),
-                           "--workers", "1"], cwd=ROOT, env={**os.environ, **ONE_THREAD},
-                          capture_output=True, text=True, start_new_session=True, timeout=120)
-    assert done.stdout.splitlines()[-1:] == ["8 2"], done.stderr
+        import multiprocessing, subprocess, sys, pretrain, train
+        multiprocessing.set_start_method(sys.argv[1])
+        def main(run):
+            faces = pretrain.load_split(run, "train")
+            with pretrain.caught_signals() as signals:
+                for k, _ in enumerate(pretrain.batches(run, faces, 0, 0)):
+                    if k == 1:
+                        subprocess.run(f"kill -{sys.argv[2]} 0", shell=True)
+            print(k + 1, *map(int, signals))
+        main(pretrain.start(train.parse(sys.argv[3:])))"""
+    flags = [how, str(int(number)), *flags_of([], tmp_path, cache), "--workers", "1"]
+    done = subprocess.run([sys.executable, "-c", program, *flags], cwd=ROOT, text=True, timeout=120,
+                          env={**os.environ, **ONE_THREAD}, capture_output=True,
+                          start_new_session=True)
+    assert done.stdout.splitlines()[-1:] == [f"8 {int(number)}"], done.stderr
 
 
 def test_what_was_stopped_at_once_has_a_shells_status_and_one_line(capsys):
