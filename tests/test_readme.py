@@ -242,6 +242,7 @@ VERDICTS = [
     ("than vote shares", "4-epochs/ours", "4-epochs/soft", "fails"),
     ("better than RC", "15-epochs/ours", "15-epochs/rc-vit", "fails"),
     ("better than RC", "15-epochs/ours", "15-epochs/pico-vit", ""),
+    ("better than RC", "15-epochs/ours", "15-epochs/cc-vit", ""),
     ("than vote shares", "15-epochs/ours", "15-epochs/soft", "fails"),
     ("than one-hot labels", "15-epochs/recipe", "15-epochs/mim-hog", "holds"),
     ("than one-hot labels", "15-epochs/recipe", "15-epochs/decoder-one-hot", ""),
