@@ -411,6 +411,9 @@ def check_combination(config):
     if config["loss"] == "pico" and config["accumulate"] > 1:
         raise InputError("--accumulate: PiCO's queue and momentum model move once a batch; use "
                          "more processes or a smaller --batch-size")
+    if config["loss"] == "pico" and config["queue"] < config["batch_size"]:
+        raise InputError(f"--queue {config['queue']}: PiCO's queue must hold at least a batch, "
+                         f"{config['batch_size']} keys")
     if config["loss"] == "pico" and config["crop_scale"] == 1 and not (
             config["degrees"] or config["light"] or config["erase"]):
         raise InputError("--loss pico: compares two views of a face, which need augmentation; set "
@@ -517,16 +520,21 @@ def pico_state(run, model, saved):
     queue = F.normalize(torch.randn(c["queue"], PICO["width"], generator=generator), dim=1)
     state = {"key_model": copy.deepcopy(model).requires_grad_(False),
              "prototypes": torch.zeros(classes, PICO["width"], device=run.device),
-             "queue": queue.to(run.device),
+             "queue": queue.to(run.device), "at": torch.zeros((), dtype=torch.long),
              "queue_labels": torch.full((c["queue"],), -1, device=run.device)}
     if saved:
-        if saved["pico"].keys() != state.keys():
-            raise InputError(f"{run.out / 'last.pt'}: what PiCO keeps is of other code; start anew "
-                             "without --resume")
         state["key_model"].load_state_dict(saved["pico"]["key_model"])
         state.update({k: v.to(state[k].device) for k, v in saved["pico"].items()
                       if k != "key_model"})
     return state
+
+
+def enqueue(state, keys, labels):
+    """Put keys (B, 128) and their labels (B,) in the place of the oldest in PiCO's queue."""
+    at = (state["at"] + torch.arange(len(keys))) % len(state["queue"])    # (B,)
+    state["queue"][at.to(keys.device)] = keys
+    state["queue_labels"][at.to(keys.device)] = labels
+    state["at"] = (state["at"] + len(keys)) % len(state["queue"])
 
 
 def pico(run, model, faces, table, state):
@@ -557,7 +565,7 @@ def pico(run, model, faces, table, state):
             q_all, k_all = (share_rows(run, indices, x.detach())[1] for x in (q, k))   # (B, 128)
             everywhere, guess_all = share_rows(run, indices, guess)       # (B,)
             finite = q_all.isfinite().all() and k_all.isfinite().all()   # of all processes alike
-            keys = torch.cat([k_all, state["queue"]])                     # (B+M, 128), newest first
+            keys = torch.cat([k_all, state["queue"]])                     # (B+M, 128)
             key_labels = torch.cat([guess_all, state["queue_labels"]])    # (B+M,)
             positive = F.pad(everywhere == indices[:, None], (0, len(state["queue"])))   # (b, B+M)
             epoch = step // steps
@@ -569,8 +577,7 @@ def pico(run, model, faces, table, state):
                 positive |= guess[:, None] == key_labels
             if finite:
                 state["prototypes"] = move_prototypes(state["prototypes"], q_all, guess_all)
-                state["queue"] = keys[:c["queue"]].clone()                # without the oldest
-                state["queue_labels"] = key_labels[:c["queue"]].clone()
+                enqueue(state, k_all, guess_all)
         uniform, target = spread(c, model.head), confidence[indices]      # (b, K)
         pll, trivial = pll_loss(logits, target), pll_loss(frequency.expand_as(target), target)
         contrast = contrastive_loss(q, keys, positive)
