@@ -798,7 +798,8 @@ def augment(images, u, size, data, scale=0.5, degrees=0.0, light=0.0, erase=0.0)
         for k, side in ((10, (share * aspect).sqrt()), (11, (share / aspect).sqrt())):
             side = (side * size).clamp(1, size)
             start = u[:, k] * (size - side)                        # (B,)
-            spans.append((centre >= start[:, None]) & (centre < (start + side)[:, None]))
+            start, end = start[:, None], (start + side)[:, None]   # (B, 1) each
+            spans.append((centre >= start) & (centre < end))       # (B, size)
         chosen = ((u[:, 4] * 2) % 1 < erase)[:, None, None]        # independent of the flip
         box = spans[0][:, :, None] & spans[1][:, None, :] & chosen                # (B, size, size)
         x = x.masked_fill_(box[:, None], 0.0)
@@ -878,18 +879,22 @@ def statistics(data, found):
 def check(data, data_dir, convention="argmax", partial=False, align_by="points"):
     """What a data set on disk holds, read face by face: (lines of text, problems, listings).
 
-    Problems are wrong counts and faces that cannot be read; faces whose pixels stand in another
-    split or twice in one are counted, as FERPlus has some officially. The listings are a dict,
-    split -> (Listing, indices of the faces that can be read).
+    Problems are wrong counts (unless `partial` accepts them) and faces that cannot be read; faces
+    whose pixels stand in another split or twice in one are counted, as FERPlus has some officially.
+    The listings are a dict, split -> (Listing, indices of the faces that can be read).
     """
     lines, problems, listings = [], [], {}
     known = {}                                   # digest of the pixels -> the split seen first
     classes, side = DATA[data]["classes"], DATA[data]["side"]
     for split in DATA[data]["counts"]:
-        try:
-            found = listing(data, data_dir, split, convention, partial, align_by)
-        except InputError as error:
-            problems += [str(error)] * (str(error) not in problems)        # of all splits: once
+        for lenient in (partial, True):          # a wrong count is a problem, the faces are read
+            try:
+                found = listing(data, data_dir, split, convention, lenient, align_by)
+                break
+            except InputError as error:
+                found, problem = None, str(error)
+                problems += [problem] if problem not in problems else []
+        if found is None:
             continue
 
         def digest(i):

@@ -157,6 +157,7 @@ def measure(logits, faces, classes, new=None):
     `new` (n,) bool marks faces that do not also stand in the training set.
     """
     predicted, labels, K = logits.argmax(dim=1), faces.labels, len(classes)
+    # (K, K); row: voted label, column: prediction.
     confusion = torch.bincount(labels * K + predicted, minlength=K * K).reshape(K, K)
     hits, faces_each, given = confusion.diag(), confusion.sum(1), confusion.sum(0)         # (K,)
     accuracy, mean_class = accuracies(predicted, labels, K)

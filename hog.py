@@ -119,12 +119,12 @@ def to_patches(histograms, cells):
 
     In the order of the ViT's tokens; in a target: channel, bin, row, column.
     """
-    return patchify(histograms.flatten(1, 2), cells)
+    return patchify(histograms.flatten(1, 2), cells)                    # (B, N, C*9*cells^2)
 
 
 def from_patches(targets, cells):
     """Inverse of `to_patches` for square images: (B, N, C*9*cells^2) -> (B, C, 9, h, h)."""
-    return unpatchify(targets, cells).unflatten(1, (-1, BINS))
+    return unpatchify(targets, cells).unflatten(1, (-1, BINS))          # (B, C, 9, h, h)
 
 
 def hog_targets(images, patch_size=16):

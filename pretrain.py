@@ -738,7 +738,7 @@ def batches(run, faces, epoch, first):
     if run.loader is None:
         workers = run.config["workers"]
         run.loader = DataLoader(faces, sampler=[], batch_size=None, num_workers=workers,
-                                persistent_workers=workers > 0, worker_init_fn=go_on,
+                                persistent_workers=workers > 0, worker_init_fn=outlive,
                                 pin_memory=run.device.type == "cuda")
     run.loader.sampler[:] = local.tolist()
     loaded = iter(run.loader)
@@ -748,7 +748,7 @@ def batches(run, faces, epoch, first):
         yield images, indices                                              # Algorithm 1, line 5
 
 
-def go_on(worker):
+def outlive(worker):
     """A loading process outlives Ctrl-C, and SIGTERM by 15 s: the step until all is saved needs it.
 
     A terminal and torchrun send them to the whole group of processes.

@@ -566,7 +566,6 @@ def pico(run, model, faces, table, state):
             everywhere, guess_all = share_rows(run, indices, guess)       # (B,)
             finite = q_all.isfinite().all() and k_all.isfinite().all()   # of all processes alike
             keys = torch.cat([k_all, state["queue"]])                     # (B+M, 128)
-            key_labels = torch.cat([guess_all, state["queue_labels"]])    # (B+M,)
             positive = F.pad(everywhere == indices[:, None], (0, len(state["queue"])))   # (b, B+M)
             epoch = step // steps
             if epoch >= c["warmup_revision"] and finite:
@@ -574,7 +573,8 @@ def pico(run, model, faces, table, state):
                 share = epoch / max(c["epochs"] - 1, 1)
                 momentum = PICO["start"] + (PICO["end"] - PICO["start"]) * share
                 confidence[everywhere] = moving_confidence(confidence[everywhere], near, momentum)
-                positive |= guess[:, None] == key_labels
+                same = guess[:, None] == torch.cat([guess_all, state["queue_labels"]])
+                positive = positive | same
             if finite:
                 state["prototypes"] = move_prototypes(state["prototypes"], q_all, guess_all)
                 enqueue(state, k_all, guess_all)

@@ -308,12 +308,12 @@ def test_runs_that_differ_in_more_than_the_seed_are_rows_that_say_so():
     assert [line.split(" | ")[0] for line in lines[2:]] == [
         "| ours", "| ours, init none", "| ours, lr 1.0",
         "| ours, epochs 10, revise False"]               # warm-ups keep their share
+    assert lines[2].split(" | ")[2:] == ["2", "85.0 ± 7.1", "50.0 ± 0.0", "92.05 |"]
+    assert all(line.endswith("| - |") for line in lines[3:])       # not the paper's row
     rounding = [result(0.8, 0), result(0.9, 1), result(0.7, 2, "--accumulate", "2")]
     rounding[1][1]["compile"] = True                     # the flag itself needs a C++ compiler
     assert [line.split(" | ")[2] for line in comparison(rounding, True)[2:]] == ["3"]
     assert comparison([result(0.8, 0, "--partial")], True)[2].startswith("| ours, partial True |")
-    assert lines[2].split(" | ")[2:] == ["2", "85.0 ± 7.1", "50.0 ± 0.0", "92.05 |"]
-    assert all(line.endswith("| - |") for line in lines[3:])       # not the paper's row
 
 
 def test_a_setting_that_one_side_does_not_know_makes_no_row_of_its_own_by_silence():
