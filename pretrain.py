@@ -710,9 +710,10 @@ def write_config(run):
     def write():
         try:
             run.out.mkdir(parents=True, exist_ok=True)
-            (run.out / "config.json").write_text(json.dumps(about, indent=1) + "\n")
         except OSError as error:
             raise InputError(f"--out {run.out}: cannot be written ({error.strerror})") from None
+        text = json.dumps(about, indent=1) + "\n"
+        replace_file(run.out / "config.json", lambda file: file.write(text.encode()))
 
     first_alone(run, write, others=False)
     say(run, "settings: " + "  ".join(f"{k}={v}" for k, v in run.config.items()

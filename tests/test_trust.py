@@ -317,6 +317,22 @@ def test_an_evaluation_that_cannot_be_kept_leaves_the_old_one(tmp_path, monkeypa
         evaluate.keep_result(tmp_path, {"split": "test", "accuracy": 0.75})
 
 
+def test_settings_that_cannot_be_kept_leave_the_old_ones(tmp_path, monkeypatch):
+    def write(seed):
+        config = dict(out=str(tmp_path), batch_size=8, seed=seed)
+        pretrain.write_config(pretrain.Run(config, 0, 1, torch.device("cpu")))
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    write(seed=1)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="config.json: cannot be written .*No space left"):
+        write(seed=2)
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
 def broken_at(step, value=float("nan"), rank=None):
     """`train.pll_loss` that is not finite at one of its calls (once for the loss and once for the
     trivial answer in each step), in one process or in all."""
