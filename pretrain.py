@@ -706,13 +706,13 @@ def write_config(run):
     about = {**run.config, "command": " ".join(sys.argv), "commit": commit or None,
              "processes": run.world, "device": str(run.device), "python": sys.version.split()[0],
              "torch": torch.__version__, "torchvision": torchvision.__version__}
+    text = json.dumps(about, indent=1) + "\n"
 
     def write():
-        try:
+        try:                                             # here, so that the error names the switch
             run.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"--out {run.out}: cannot be written ({error.strerror})") from None
-        text = json.dumps(about, indent=1) + "\n"
         replace_file(run.out / "config.json", lambda file: file.write(text.encode()))
 
     first_alone(run, write, others=False)

@@ -301,18 +301,18 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
+def no_space(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
 def test_an_evaluation_that_cannot_be_kept_leaves_the_old_one(tmp_path, monkeypatch):
     evaluate.keep_result(tmp_path, {"split": "test", "accuracy": 0.5})
-
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(InputError, match="test.json: cannot be written .*No space left"):
         evaluate.keep_result(tmp_path, {"split": "test", "accuracy": 0.75})
     assert json.loads((tmp_path / "test.json").read_text())["accuracy"] == 0.5
     assert [p.name for p in tmp_path.iterdir()] == ["test.json"]
-    monkeypatch.setattr(pathlib.Path, "unlink", full)            # as on a disk that is read only
+    monkeypatch.setattr(pathlib.Path, "unlink", no_space)        # as on a disk that is read only
     with pytest.raises(InputError, match="test.json: cannot be written .*No space left"):
         evaluate.keep_result(tmp_path, {"split": "test", "accuracy": 0.75})
 
@@ -322,11 +322,8 @@ def test_settings_that_cannot_be_kept_leave_the_old_ones(tmp_path, monkeypatch):
         config = dict(out=str(tmp_path), batch_size=8, seed=seed)
         pretrain.write_config(pretrain.Run(config, 0, 1, torch.device("cpu")))
 
-    def full(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
     write(seed=1)
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(InputError, match="config.json: cannot be written .*No space left"):
         write(seed=2)
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
