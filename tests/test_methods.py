@@ -150,12 +150,13 @@ def test_queries_are_spread_or_pulled_to_the_simplex(kind, other):
 def test_the_start_of_confidence():
     votes = torch.tensor([[6.0, 3, 1, 0, 0, 0, 0]])
     faces, candidates = faces_with([0], votes), votes >= 2
-    start = lambda loss, prior="uniform": train.make_confidence(
-        dict(loss=loss, prior=prior, data="toy"), faces, candidates)[0].tolist()
+    start = lambda loss, prior="uniform", sets=candidates: train.make_confidence(
+        dict(loss=loss, prior=prior, data="toy"), faces, sets)[0].tolist()
     assert start("pll") == [0.5, 0.5, 0, 0, 0, 0, 0]
     assert start("pll", "votes") == pytest.approx([6 / 9, 3 / 9, 0, 0, 0, 0, 0])
     assert start("ce") == [1, 0, 0, 0, 0, 0, 0]
     assert start("soft") == pytest.approx([0.6, 0.3, 0.1, 0, 0, 0, 0])
+    assert start("soft") == start("pll", "votes", votes >= 1)        # Eq. 2, if one vote is enough
     assert start("lw") == pytest.approx([0.5, 0.5, 0.2, 0.2, 0.2, 0.2, 0.2])
     with pytest.raises(InputError, match="has no votes"):
         train.make_confidence(dict(loss="soft", prior="uniform", data="raf"), faces_with([0]),
