@@ -10,12 +10,9 @@ held out); ': one seed alone. The paper's column is the difference of its own fi
 """
 import json
 import statistics
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))                            # evaluate.py, when this file is run
-from evaluate import PAPER  # noqa: E402
+from conftest import ROOT                                # lets evaluate.py be found, too
+from evaluate import PAPER
 
 RESULTS = ROOT / "tests/results"
 COLUMNS = {"toy": "toy", "ferplus-4-epochs": "FERPlus, 4 epochs",

@@ -270,7 +270,7 @@ def test_the_toys_claims_have_a_range_for_want_of_held_out_faces(tmp_path, monke
 
 
 def test_the_papers_column_is_the_difference_of_its_own_figures():
-    """FERPlus's where it has both (Table 1), else RAF-DB's (Tables 3, 4), else nothing."""
+    """FERPlus's where it has both (Tables 1, 2), else RAF-DB's (Tables 3, 4), else nothing."""
     assert claims.in_the_paper("ours", "baseline") == "+2.93"        # 91.11 - 88.18
     assert claims.in_the_paper("decoder", "mim-hog-pll") == "+0.94"  # 91.29 - 90.35
     assert claims.in_the_paper("x/ours", "x/cc") == claims.in_the_paper("recipe", "ours") == ""
