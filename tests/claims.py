@@ -1,12 +1,15 @@
-"""The table of claims: how many points one row of the tables has more than another.
+"""The tables of claims: how many points one row of the results has more than another.
 
-Run:  python tests/claims.py      (Markdown, from the kept runs in tests/results; the README has it)
+Run:  python tests/claims.py      (Markdown, from the kept runs in tests/results)
+
+Two tables: the comparisons that the paper makes (in the README), and further ones (at the end of
+tests/results/ferplus.md).
 
 A cell is the mean difference in accuracy over the seeds that both rows have; in brackets, on
 FERPlus (Valid) the mean on the held-out training faces, on the toy (test split) the least and the
 most of a seed. Bold: two such seeds or more, and one sign in all of them (on FERPlus on Valid and
-held out); ': one seed alone. The paper's column is the difference of its own figures, whose
-`baseline` and ResNet-18 start from other weights than ours.
+held out); ': one seed alone. The paper's column, which the first table has, is the difference of
+its own figures, whose `baseline` and ResNet-18 start from other weights than ours.
 """
 import json
 import statistics
@@ -17,61 +20,60 @@ from evaluate import PAPER
 RESULTS = ROOT / "tests/results"
 COLUMNS = {"toy": "toy", "ferplus-4-epochs": "FERPlus, 4 epochs",
            "ferplus-15-epochs": "FERPlus, 15 epochs"}    # folder of RESULTS: heading
-# (what, over what, kept run, another): a row. A name without a folder is looked for in that of each
-# column; if the first has one, the row stands in that column alone. Equal C is Y / |Y|, voted C the
-# vote shares.
-ROWS = [
-    ("HOG as target", "pixels; one-hot labels", "mim-hog", "mim-pixel"),
-    ("", "pixels; sets, equal C", "mim-hog-pll", "mim-pixel-pll"),
-    ("sets, equal C", "one-hot labels; after HOG, linear head", "mim-hog-pll", "mim-hog"),
-    ("", "one-hot labels; after pixels, linear head", "mim-pixel-pll", "mim-pixel"),
-    ("", "one-hot labels; ResNet-18 from random weights", "resnet18-pll", "baseline-resnet18"),
-    ("sets, voted C", "one-hot labels; linear head", "soft", "mim-hog"),
-    ("", "one-hot labels; random weights, linear head", "toy/soft", "baseline"),
-    ("", "one-hot labels; decoder, Eq. 3", "decoder-soft", "decoder-one-hot"),
-    ("", "equal C; linear head", "soft", "mim-hog-pll"),
+# `baseline` at about the cost of pre-training and training together; on the toy of training alone.
+LONG_BASELINE = {"toy": "toy/baseline", "ferplus-4-epochs": "ferplus-other-lengths/baseline",
+                 "ferplus-15-epochs": "ferplus-other-lengths/baseline-42-epochs"}
+# (what, over what, kept run, another): a row; "" as above. A name without a folder is looked for in
+# that of each column; with one, the row stands in that column alone. Sets have equal C, Y / |Y|,
+# if nothing is said; voted C is the vote shares.
+THE_PAPERS = [                                           # comparisons of which it has the figures
+    ("pre-training with HOG", "pixels; one-hot labels", "mim-hog", "mim-pixel"),
+    ("", "pixels; sets", "mim-hog-pll", "mim-pixel-pll"),
+    ("", "random weights; one-hot labels", "mim-hog", LONG_BASELINE),
+    ("pre-training with pixels", "random weights; one-hot labels", "mim-pixel", LONG_BASELINE),
+    ("candidate sets", "one-hot labels; after HOG", "mim-hog-pll", "mim-hog"),
+    ("", "one-hot labels; after pixels", "mim-pixel-pll", "mim-pixel"),
+    ("label decoder", "linear head", "decoder", "mim-hog-pll"),
+    ("label decoder, Eq. 3", "linear head", "decoder-uniform", "mim-hog-pll"),
+    ("Eq. 3", "none", "decoder-uniform", "decoder"),
+    ("", "none; both with revision", "ours", "decoder-revision"),
+    ("revision", "none", "decoder-revision", "decoder"),
+    ("", "none; both with Eq. 3", "ours", "decoder-uniform"),
+    ("`ours`, the whole method", "`mim-hog-pll`: sets, linear head", "ours", "mim-hog-pll"),
+    ("", "`mim-hog`: one-hot labels, linear head", "ours", "mim-hog"),
+    ("", "`baseline`: the same from random weights", "ours", LONG_BASELINE),
+    ("", "RC on ResNet-18", "ours", "rc"),
+    ("", "PiCO on ResNet-18", "ours", "pico"),
+    ("", "LW on ResNet-18", "ours", "lw"),
+    ("", "sets on ResNet-18", "ours", "resnet18-pll"),
+]
+FURTHER = [
+    ("sets, voted C", "equal C; linear head", "soft", "mim-hog-pll"),
     ("", "equal C; decoder, Eq. 3", "decoder-soft", "decoder-uniform"),
-    ("label decoder", "linear head; equal C", "decoder", "mim-hog-pll"),
-    ("decoder with Eq. 3", "linear head; equal C", "decoder-uniform", "mim-hog-pll"),
-    ("", "linear head; one-hot labels", "decoder-one-hot", "mim-hog"),
+    ("", "one-hot labels; linear head", "soft", "mim-hog"),
+    ("", "one-hot labels; decoder, Eq. 3", "decoder-soft", "decoder-one-hot"),
+    ("", "one-hot labels; linear head, random weights", "toy/soft", "baseline"),
+    ("sets, equal C", "one-hot labels; ResNet-18", "resnet18-pll", "baseline-resnet18"),
+    ("label decoder, Eq. 3", "linear head; one-hot labels", "decoder-one-hot", "mim-hog"),
     ("", "linear head; voted C", "decoder-soft", "soft"),
-    ("Eq. 3", "none; equal C", "decoder-uniform", "decoder"),
-    ("", "none; with revision", "ours", "decoder-revision"),
-    ("revision, threshold 0.1", "none; equal C", "decoder-revision", "decoder"),
-    ("", "none; with Eq. 3", "ours", "decoder-uniform"),
-    ("", "none; with Eq. 3, two votes a candidate", "min2", "decoder-uniform-min2"),
-    ("revision, threshold 0.3", "none; the recipe", "recipe", "recipe-no-revise"),
-    ("`ours`", "equal C on a linear head, `mim-hog-pll`", "ours", "mim-hog-pll"),
-    ("", "voted C on a linear head, `soft`", "ours", "soft"),
-    ("", "one-hot labels, `mim-hog`", "ours", "mim-hog"),
-    ("", "one-hot labels, `baseline`", "ours", "baseline"),
-    ("", "`baseline` of 18 epochs", "ferplus-4-epochs/ours", "ferplus-other-lengths/baseline"),
-    ("", "`baseline` of 42 epochs", "ferplus-15-epochs/ours",
-     "ferplus-other-lengths/baseline-42-epochs"),
+    ("revision", "none; both with Eq. 3, two votes a candidate", "min2", "decoder-uniform-min2"),
+    ("", "none; the recipe (threshold 0.3)", "recipe", "recipe-no-revise"),
+    ("`ours`", "`soft`: voted C on a linear head", "ours", "soft"),
     ("", "RC on the ViT", "ours", "rc-vit"),
     ("", "PiCO on the ViT", "ours", "pico-vit"),
     ("", "CC on the ViT", "ours", "cc-vit"),
     ("", "LW on the ViT", "ours", "lw-vit"),
-    ("", "RC on ResNet-18", "ours", "rc"),
-    ("", "PiCO on ResNet-18", "ours", "pico"),
     ("", "CC on ResNet-18", "ours", "cc"),
-    ("", "LW on ResNet-18", "ours", "lw"),
-    ("", "equal C on ResNet-18", "ours", "resnet18-pll"),
     ("`mim-hog-pll`", "RC on the ViT", "mim-hog-pll", "rc-vit"),
     ("", "PiCO on the ViT", "mim-hog-pll", "pico-vit"),
     ("", "CC on the ViT", "mim-hog-pll", "cc-vit"),
-    ("the recipe", "one-hot labels, `mim-hog`", "recipe", "mim-hog"),
-    ("", "one-hot labels with decoder, Eq. 3", "recipe", "decoder-one-hot"),
-    ("", "voted C of one vote, `soft`", "recipe", "soft"),
-    ("", "voted C of one vote with decoder, Eq. 3", "recipe", "decoder-soft"),
-    ("", "`baseline` of 42 epochs", "ferplus-15-epochs/recipe",
-     "ferplus-other-lengths/baseline-42-epochs"),
-    ("", "random weights, 49 epochs", "ferplus-15-epochs/recipe", "ferplus-other-lengths/scratch"),
-    ("HOG, then one-hot labels", "random weights", "toy/mim-hog", "baseline"),
-    ("", "random weights, 18 epochs", "ferplus-4-epochs/mim-hog", "ferplus-other-lengths/baseline"),
-    ("pixels, then one-hot labels", "random weights", "toy/mim-pixel", "baseline"),
-    ("", "random weights, 18 epochs", "ferplus-4-epochs/mim-pixel",
-     "ferplus-other-lengths/baseline"),
+    ("the recipe", "`mim-hog`: one-hot labels, linear head", "recipe", "mim-hog"),
+    ("", "one-hot labels, decoder, Eq. 3", "recipe", "decoder-one-hot"),
+    ("", "`soft`: voted C, linear head", "recipe", "soft"),
+    ("", "voted C, decoder, Eq. 3", "recipe", "decoder-soft"),
+    ("", "`baseline` from random weights", "recipe", LONG_BASELINE),
+    ("", "the recipe from random weights", "recipe", {
+        "ferplus-15-epochs": "ferplus-other-lengths/scratch"}),
 ]
 
 
@@ -105,23 +107,30 @@ def cell(one, other):
 
 def in_the_paper(one, other):
     """The difference of the paper's figures: FERPlus's (Tables 1, 2), else RAF-DB's (3, 4)."""
-    ours, theirs = PAPER.get(one.split("/")[-1], {}), PAPER.get(other.split("/")[-1], {})
-    data = next((d for d in ("ferplus", "raf") if d in ours and d in theirs), None)
-    return f"{ours[data] - theirs[data]:+.2f}" if data else ""
+    ours, theirs = PAPER[one], PAPER["baseline" if other == LONG_BASELINE else other]
+    data = next(d for d in ("ferplus", "raf") if d in ours and d in theirs)
+    return f"{ours[data] - theirs[data]:+.2f}"
 
 
-def table():
-    """The lines of the table, Markdown."""
-    lines = ["| what | over what | paper | " + " | ".join(COLUMNS.values()) + " |",
-             "|---|---|---|" + "---|" * len(COLUMNS)]
-    for what, over, *names in ROWS:
-        cells = []
-        for folder in COLUMNS:
-            one, other = (name if "/" in name else f"{folder}/{name}" for name in names)
-            cells.append(cell(one, other) if one.startswith(f"{folder}/") else "")
-        lines.append("| " + " | ".join([what, over, in_the_paper(*names), *cells]) + " |")
+def cells(one, other):
+    """What each column says of a row's two names."""
+    told = []
+    for folder in COLUMNS:
+        name = other.get(folder, "none") if isinstance(other, dict) else other
+        first, second = (n if "/" in n else f"{folder}/{n}" for n in (one, name))
+        told.append(cell(first, second) if first.startswith(f"{folder}/") else "")
+    return told
+
+
+def table(rows, paper):
+    """The lines of a table, Markdown; paper: with the paper's column."""
+    heads = ["what", "over what", *["paper"][:paper], *COLUMNS.values()]
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    for what, over, one, other in rows:
+        figures = [in_the_paper(one, other)] if paper else []
+        lines.append("| " + " | ".join([what, over, *figures, *cells(one, other)]) + " |")
     return lines
 
 
 if __name__ == "__main__":
-    print("\n".join(table()))
+    print("\n".join([*table(THE_PAPERS, True), "", *table(FURTHER, False)]))

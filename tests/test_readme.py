@@ -173,7 +173,13 @@ def test_the_cost_table_is_what_decoder_py_prints():
 KEPT = {"ferplus-15-epochs": TEXT, "ferplus-4-epochs": MORE["ferplus"],
         "ferplus-other-lengths": MORE["ferplus"]}        # kept runs: the page that has their table
 MEAN = r"\d+\.\d ± \d+\.\d(?!\d)"
+DIFFERENCE = r"[+-]\d+\.\d \([+-]\d+\.\d\)"
 OF_THE_TOY = "[Tt]oy: [^;|]*"                            # in a cell that also speaks of FERPlus
+
+
+def of_the_toy():
+    """What the README's results say of it."""
+    return TEXT.split("### The toy")[1].split("\n## ")[0]
 
 
 def printed(capsys, name, *flags):
@@ -193,7 +199,8 @@ def test_the_tables_of_kept_runs_are_what_evaluate_py_prints_of_them(capsys):
             assert line in page, line
         rows += lines
     assert len(rows) > 40
-    told = MORE["ferplus"] + TEXT.split("### Real faces")[1].split("## What the logs say")[0]
+    told = TEXT.split("## Results")[1].split("## What the logs say")[0]
+    told = MORE["ferplus"] + told.replace(of_the_toy(), "")
     told = re.sub(OF_THE_TOY, "", told)                                # these are the next test's
     bold = re.findall(r"\*\*(\d+\.\d)%", told)
     assert bold
@@ -208,21 +215,27 @@ def test_the_tables_of_the_toy_are_what_evaluate_py_prints_of_its_kept_runs(caps
     assert len(rows) > 25
     for line in rows:
         assert line in told, line
-    told += TEXT.split("### The toy")[1].split("\n### ")[0]
-    told += " ".join(re.findall(OF_THE_TOY, TEXT))
+    told += of_the_toy() + " ".join(re.findall(OF_THE_TOY, TEXT))
     for mean in re.findall(MEAN, told):
         assert any(f"| {mean} |" in row for row in rows), mean
 
 
-def test_the_table_of_claims_is_what_claims_py_prints():
+def test_the_tables_of_claims_are_what_claims_py_prints():
     """Row for row: most rows have their meaning from those above. Without a figure, a row would be
-    of a misspelt run."""
-    printed = run_script("tests/claims.py").stdout
-    assert "\n\n" + printed + "\n" in TEXT
-    lines = printed.splitlines()
-    assert lines == claims.table() and len(lines) == 2 + len(claims.ROWS)
-    for line in lines[2:]:
-        assert re.search(r"\d \([+-]\d", line), line
+    of a misspelt run. A difference that the README tells stands in one of the tables."""
+    printed = run_script("tests/claims.py").stdout.rstrip("\n").split("\n\n")
+    assert len(printed) == 2
+    both = ((claims.THE_PAPERS, TEXT), (claims.FURTHER, MORE["ferplus"]))
+    for table, (rows, page) in zip(printed, both):
+        assert "\n\n" + table + "\n" in page
+        lines = table.splitlines()[2:]
+        assert len(lines) == len(rows)
+        for line in lines:
+            assert re.search(r"\d \([+-]\d", line), line
+    told = re.findall(DIFFERENCE, re.sub(r"(?m)^\|.*", "", TEXT))
+    assert len(told) > 9
+    for difference in told:
+        assert re.search(r"[ *]" + re.escape(difference) + r"['* ]", "\n".join(printed)), difference
 
 
 def keep(path, accuracy, held_out=None):
@@ -273,7 +286,18 @@ def test_the_papers_column_is_the_difference_of_its_own_figures():
     """FERPlus's where it has both (Tables 1, 2), else RAF-DB's (Tables 3, 4), else nothing."""
     assert claims.in_the_paper("ours", "baseline") == "+2.93"        # 91.11 - 88.18
     assert claims.in_the_paper("decoder", "mim-hog-pll") == "+0.94"  # 91.29 - 90.35
-    assert claims.in_the_paper("x/ours", "x/cc") == claims.in_the_paper("recipe", "ours") == ""
+    assert claims.in_the_paper("ours", claims.LONG_BASELINE) == "+2.93"
+
+
+def test_a_row_of_claims_has_the_columns_of_its_runs():
+    """A dict names another run for each column, a folder one column."""
+    assert claims.cells("ours", {"toy": "toy/baseline"})[1:] == ["", ""]
+    assert claims.cells("toy/soft", "baseline")[1:] == ["", ""]
+    toy, four, fifteen = claims.cells("ours", claims.LONG_BASELINE)
+    assert toy == claims.cells("ours", "baseline")[0]
+    assert four == claims.cell("ferplus-4-epochs/ours", "ferplus-other-lengths/baseline")
+    assert fifteen == claims.cell("ferplus-15-epochs/ours",
+                                  "ferplus-other-lengths/baseline-42-epochs")
 
 
 def test_a_setting_that_was_varied_alone_has_its_effect_beside_its_switch():
