@@ -64,6 +64,7 @@ FURTHER = [
     ("", "CC on the ViT", "ours", "cc-vit"),
     ("", "LW on the ViT", "ours", "lw-vit"),
     ("", "CC on ResNet-18", "ours", "cc"),
+    ("", "one-hot labels on ResNet-18", "ours", "baseline-resnet18"),
     ("`mim-hog-pll`", "RC on the ViT", "mim-hog-pll", "rc-vit"),
     ("", "PiCO on the ViT", "mim-hog-pll", "pico-vit"),
     ("", "CC on the ViT", "mim-hog-pll", "cc-vit"),
