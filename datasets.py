@@ -54,7 +54,9 @@ RAF = "surprise fear disgust happiness sadness anger neutral".split()
 # data: class names in the official order; stored side in pixels, channels; official counts of each
 # split (FERPlus: rows of its csv; AffectNet: of each class; None, as its training counts differ by
 # release); mean and standard deviation of a channel, pixels in 0 .. 1. Another data set needs an
-# entry here, a layout in TREES and a reader in `listing`.
+# entry here (the keys of counts are its splits, None is not checked), a layout in TREES and a reader
+# with its branch in `listing`, which leaves out images without a label and names in `sources` each
+# file that it reads.
 DATA = {
     "toy": dict(classes=AFFECTNET[:7], side=96, channels=3, mean=IMAGENET_MEAN, std=IMAGENET_STD,
                 counts=dict(train=2000, val=500, test=1000)),

@@ -253,7 +253,11 @@ def load_run(path, overrides):
     if not state["log"]:
         raise InputError(f"{path}: stopped within its first epoch; go on with train.py --resume")
     run = start(config)
-    model = build_model(config)
+    try:
+        model = build_model(config)
+    except KeyError as error:
+        raise InputError(f"{path}: is older than the setting {error}; evaluate it with the code of "
+                         "its commit (config.json)") from None
     load_weights(model, state["model"], path)
     return model.to(run.device).eval(), run, state
 

@@ -624,7 +624,8 @@ def load_checkpoint(path, stage=None, ours=True):
     return state
 
 
-def load_weights(model, weights, where):
+def load_weights(model, weights, where, remedy="the network's code has changed since: take that "
+                 "of the run's commit (config.json)"):
     """Load every weight, or an InputError that counts what is missing, superfluous, misshapen."""
     own = model.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
@@ -633,8 +634,7 @@ def load_weights(model, weights, where):
     if missing or extra or shapes:
         first = (shapes + missing + extra)[0]
         raise InputError(f"{where}: weights of another model ({len(missing)} missing, {len(extra)} "
-                         f"superfluous, {len(shapes)} of other shape; first: {first}); give the "
-                         "same --scale and sizes")
+                         f"superfluous, {len(shapes)} of other shape; first: {first}); {remedy}")
     broken = [k for k, v in weights.items() if v.is_floating_point() and not v.isfinite().all()]
     if broken:
         raise InputError(f"{where}: {len(broken)} tensors hold NaN or infinity (first: "

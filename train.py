@@ -81,9 +81,10 @@ SETTINGS = {
 
 _plain = dict(head="linear", uniform_weight=0.0, init="imagenet")
 _mim = dict(head="linear", uniform_weight=0.0)
-# A row of the paper's tables is a line here: the settings in which it differs from the method. A
-# loss of your own is a choice in SETTINGS, its start of C in `make_confidence` and its step in
-# `objective`; `NEEDS`, `trivial_answer` and `watcher` say what else differs between losses.
+# A row of the paper's tables is a line here: the settings in which it differs from the method
+# (`init` and `revise` are resolved in `parse`), in the order in which evaluate.py lists them. A loss
+# of your own is a choice in SETTINGS, its start of C in `make_confidence`, its step in `objective`,
+# its name in MOVING if that step changes C; `NEEDS`, `trivial_answer` say what else differs.
 # Table 1 (rc, lw, pico on ResNet-18 as there, and on the ViT; cc and soft belong beside them), then
 # Table 2, Table 3 and Table 4. With --scale laptop, "imagenet" is "none", random weights.
 METHODS = {
@@ -101,6 +102,7 @@ METHODS = {
     "decoder-uniform": dict(revise=False),
     "decoder-revision": dict(uniform_weight=0.0),
 }
+MOVING = ("rc", "lw", "pico")    # losses that change C (or LW's weights) in each step, unrevised
 # Settings that have an effect only where others have certain values: (settings, when, in words).
 NEEDS = (
     ("decoder_layers dropout uniform tau", lambda c: c["head"] == "decoder", "head is decoder"),
@@ -205,7 +207,7 @@ def initial_weights(config, encoder):
         where, weights = pretrained_weights(config)
     if "positions" in weights:
         weights["positions"] = interpolate_positions(weights["positions"], encoder.grid)
-    load_weights(encoder, weights, where)
+    load_weights(encoder, weights, where, "give the same --scale and sizes")
     return f"encoder: all {len(weights)} tensors from {where}"
 
 
@@ -300,7 +302,7 @@ def make_confidence(config, faces, candidates):
 
     For "lw" its weights, which sum to 1 inside the set and to 1 outside.
     """
-    if config["loss"] in ("lw", "cc", "rc", "pico") and (candidates.sum(dim=1) == 1).all():
+    if config["loss"] not in ("pll", "ce", "soft") and (candidates.sum(dim=1) == 1).all():
         raise InputError(f"--loss {config['loss']}: every candidate set has a single label; give "
                          "it sets: --min-votes 1, or --candidates lw1")
     if config["loss"] == "ce":
@@ -462,8 +464,9 @@ def spread(c, head):
 def objective(c, logits, confidence, candidates, revising):
     """Loss of a batch and its rows of C for the next visit: (scalar, (B, K)).
 
-    It changes nothing in place: each step asks it once more what a classifier that ignores the
-    image would lose. For "ce" and "soft" C is a constant, the one-hot label or the vote shares; for
+    It changes nothing in place: each step asks it once more, with the C of the loss, what a
+    classifier that ignores the image would lose. So a loss takes C as it is given, and returns the
+    next visit's. For "ce" and "soft" C is a constant, the one-hot label or the vote shares; for
     "lw" it holds the weights. The method itself revises C before the loss is computed, as
     Algorithm 1 says.
     """
@@ -601,7 +604,7 @@ def watcher(run, model, faces, held, table):
         rows = table["candidates"].cpu().sum(dim=1) > 1                   # (n,)
         if c["revise"]:
             rows &= is_revised(confidence)
-        if c["revise"] or c["loss"] in ("rc", "lw", "pico"):
+        if c["revise"] or c["loss"] in MOVING:
             chosen = (confidence * table["candidates"].cpu()).argmax(dim=1)[rows]
             numbers["revised"] = rows.float().mean().item()
             if rows.any():

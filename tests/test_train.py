@@ -273,6 +273,16 @@ def test_a_run_of_other_classes_is_not_judged(trained, tmp_path):
         evaluate.load_run(folder, {"device": "cpu"})
 
 
+def test_a_run_of_other_code_is_not_judged_and_says_where_its_own_is(trained, tmp_path):
+    config = read_state(trained)["config"]
+    older = {k: v for k, v in config.items() if k != "decoder_layers"}
+    with pytest.raises(InputError, match="older than the setting 'decoder_layers'; .* its commit"):
+        evaluate.load_run(changed(trained, tmp_path / "older", config=older), {"device": "cpu"})
+    deeper = {**config, "decoder_layers": config["decoder_layers"] + 1}
+    with pytest.raises(InputError, match="weights of another model .* code has changed since"):
+        evaluate.load_run(changed(trained, tmp_path / "deeper", config=deeper), {"device": "cpu"})
+
+
 def test_resuming_with_other_settings_is_refused_with_the_differences(trained, cache, tmp_path,
                                                                       capsys):
     shutil.copytree(trained, tmp_path / "run")
