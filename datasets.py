@@ -54,7 +54,7 @@ RAF = "surprise fear disgust happiness sadness anger neutral".split()
 # data: class names in the official order; stored side in pixels, channels; official counts of each
 # split (FERPlus: rows of its csv; AffectNet: of each class; None, as its training counts differ by
 # release); mean and standard deviation of a channel, pixels in 0 .. 1. Another data set needs an
-# entry here (the keys of counts are its splits, None is not checked), a layout in TREES and a reader
+# entry here (the keys of counts are its splits, None is unchecked), a layout in TREES and a reader
 # with its branch in `listing`, which leaves out images without a label and names in `sources` each
 # file that it reads.
 DATA = {

@@ -82,8 +82,8 @@ SETTINGS = {
 _plain = dict(head="linear", uniform_weight=0.0, init="imagenet")
 _mim = dict(head="linear", uniform_weight=0.0)
 # A row of the paper's tables is a line here: the settings in which it differs from the method
-# (`init` and `revise` are resolved in `parse`), in the order in which evaluate.py lists them. A loss
-# of your own is a choice in SETTINGS, its start of C in `make_confidence`, its step in `objective`,
+# (`init` and `revise` are resolved in `parse`), in the order of evaluate.py's tables. A loss of
+# your own is a choice in SETTINGS, its start of C in `make_confidence`, its step in `objective` and
 # its name in MOVING if that step changes C; `NEEDS`, `trivial_answer` say what else differs.
 # Table 1 (rc, lw, pico on ResNet-18 as there, and on the ViT; cc and soft belong beside them), then
 # Table 2, Table 3 and Table 4. With --scale laptop, "imagenet" is "none", random weights.
