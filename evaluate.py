@@ -38,7 +38,8 @@ from pll import (candidates_from_votes, cosines, draw_matrix, initial_confidence
                  simplex)
 from pretrain import (FREE, Stopped, autocast, command_line, load_checkpoint, load_split,
                       load_weights, replace_file, same_faces, say, start)
-from train import METHODS, accuracies, build_model, parse, predict, training_faces
+from train import (METHODS, SETTINGS, accuracies, build_model, parse, predict,
+                   training_faces)
 
 
 # What the paper reports, in per cent (Tables 1 to 4); nothing here was measured by this code.
@@ -256,6 +257,8 @@ def load_run(path, overrides):
     try:
         model = build_model(config)
     except KeyError as error:
+        if error.args[0] not in SETTINGS:
+            raise
         raise InputError(f"{path}: is older than the setting {error}; evaluate it with the code of "
                          "its commit (config.json)") from None
     load_weights(model, state["model"], path)

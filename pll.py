@@ -182,7 +182,8 @@ def rc_update(logits, candidates):
 def cc_loss(logits, candidates):
     """CC (Feng et al. 2020): mean of -log sum over the candidates of zeta_j, a scalar in fp32.
 
-    It only asks that the true label be in the set; 0 if all labels are candidates.
+    It only asks that the true label be in the set; 0 if all labels are candidates. Its gradient is
+    that of Eq. (2) with C = `rc_update` of the same logits; RC's C is of the visit before.
     """
     logits = logits.float()
     inside = logits.masked_fill(~candidates, -math.inf).logsumexp(dim=1)  # (B,)

@@ -30,8 +30,9 @@ def test_every_row_of_the_tables_is_one_command(method, method_run):
         torch.testing.assert_close(confidence.sum(1), torch.ones(len(candidates)))
     if state["config"]["loss"] not in ("ce", "soft", "lw"):
         assert (confidence[~candidates] == 0).all()
-    moved = state["config"]["revise"] or state["config"]["loss"] in ("rc", "lw", "pico")
-    assert moved == ("revised" in log[1]), "train.MOVING: the losses that change C"
+    faces, _ = train.training_faces(Run(state["config"], 0, 1, CPU))
+    moved = not confidence.equal(train.make_confidence(state["config"], faces, candidates))
+    assert moved == ("revised" in log[1]), "train.MOVING names the losses that change C"
     wanted = {"decoder": (True, False, False), "decoder-uniform": (True, True, False),
               "decoder-revision": (True, False, True), "ours": (True, True, True),
               "resnet18-pll": (False, False, False), "mim-hog-pll": (False, False, False)}

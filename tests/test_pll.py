@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from pll import (candidates_from_votes, cc_loss, generate_candidates, initial_confidence,
                  is_revised, largest_lead, lw_weights, moving_confidence, pll_loss,
-                 prototype_labels, revise, simplex, target_loss, transition, uniform_loss,
-                 uniform_optimum, uniform_transition)
+                 prototype_labels, rc_update, revise, simplex, target_loss, transition,
+                 uniform_loss, uniform_optimum, uniform_transition)
 
 
 def random_problem(n=200, classes=7, seed=0):
@@ -166,6 +166,15 @@ def test_cc_is_cross_entropy_for_one_candidate_and_zero_for_all():
     torch.testing.assert_close(cc_loss(logits, F.one_hot(labels, 7).bool()),
                                F.cross_entropy(logits, labels))
     assert cc_loss(logits, torch.ones(50, 7, dtype=torch.bool)).item() == 0
+
+
+def test_ccs_gradient_is_that_of_eq2_with_rcs_confidence_of_the_same_logits():
+    candidates, _, logits = random_problem()
+    logits.requires_grad_()
+    cc, = torch.autograd.grad(cc_loss(logits, candidates), logits)
+    eq2, = torch.autograd.grad(pll_loss(logits, rc_update(logits, candidates)), logits)
+    torch.testing.assert_close(cc, eq2)
+    assert cc.abs().max() > 0
 
 
 def test_lw_weights_of_a_full_set_are_finite():
