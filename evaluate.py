@@ -38,8 +38,7 @@ from pll import (candidates_from_votes, cosines, draw_matrix, initial_confidence
                  simplex)
 from pretrain import (FREE, Stopped, autocast, command_line, load_checkpoint, load_split,
                       load_weights, replace_file, same_faces, say, start)
-from train import (METHODS, SETTINGS, accuracies, build_model, parse, predict,
-                   training_faces)
+from train import METHODS, SETTINGS, accuracies, build_model, parse, predict, training_faces
 
 
 # What the paper reports, in per cent (Tables 1 to 4); nothing here was measured by this code.

@@ -23,9 +23,9 @@ COLUMNS = {"toy": "toy", "ferplus-4-epochs": "FERPlus, 4 epochs",
 # `baseline` at about the cost of pre-training and training together; on the toy of training alone.
 LONG_BASELINE = {"toy": "toy/baseline", "ferplus-4-epochs": "ferplus-other-lengths/baseline",
                  "ferplus-15-epochs": "ferplus-other-lengths/baseline-42-epochs"}
-# (what, over what, kept run, another): a row; "" as above. A name without a folder is looked for in
-# that of each column; with one, the row stands in that column alone. Sets have equal C, Y / |Y|,
-# if nothing is said; voted C is the vote shares.
+# (what, over what, kept run, another): a row; "" as above. The first name is looked for in each
+# column's folder, the second, too, or where a dict has it: {column: folder and name}, other columns
+# stay empty. Sets have equal C, Y / |Y|, if nothing is said; voted C is the vote shares.
 THE_PAPERS = [                                           # comparisons of which it has the figures
     ("pre-training with HOG", "pixels; one-hot labels", "mim-hog", "mim-pixel"),
     ("", "pixels; sets", "mim-hog-pll", "mim-pixel-pll"),
@@ -52,7 +52,7 @@ FURTHER = [
     ("", "equal C; decoder, Eq. 3", "decoder-soft", "decoder-uniform"),
     ("", "one-hot labels; linear head", "soft", "mim-hog"),
     ("", "one-hot labels; decoder, Eq. 3", "decoder-soft", "decoder-one-hot"),
-    ("", "one-hot labels; linear head, random weights", "toy/soft", "baseline"),
+    ("", "one-hot labels; linear head, random weights", "soft", {"toy": "toy/baseline"}),
     ("sets, equal C", "one-hot labels; ResNet-18", "resnet18-pll", "baseline-resnet18"),
     ("label decoder, Eq. 3", "linear head; one-hot labels", "decoder-one-hot", "mim-hog"),
     ("", "linear head; voted C", "decoder-soft", "soft"),
@@ -115,17 +115,14 @@ def in_the_paper(one, other):
 
 def cells(one, other):
     """What each column says of a row's two names."""
-    told = []
-    for folder in COLUMNS:
-        name = other.get(folder, "none") if isinstance(other, dict) else other
-        first, second = (n if "/" in n else f"{folder}/{n}" for n in (one, name))
-        told.append(cell(first, second) if first.startswith(f"{folder}/") else "")
-    return told
+    others = other if isinstance(other, dict) else {f: f"{f}/{other}" for f in COLUMNS}
+    return [cell(f"{folder}/{one}", others[folder]) if folder in others else ""
+            for folder in COLUMNS]
 
 
 def table(rows, paper):
     """The lines of a table, Markdown; paper: with the paper's column."""
-    heads = ["what", "over what", *["paper"][:paper], *COLUMNS.values()]
+    heads = ["what", "over what", *["paper"] * paper, *COLUMNS.values()]
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for what, over, one, other in rows:
         figures = [in_the_paper(one, other)] if paper else []
