@@ -157,9 +157,12 @@ def read_image(path, channels):
 
 
 def to_array(image, side):
-    """PIL image -> uint8 (C, side, side), resized with a low-pass filter."""
+    """PIL image -> its middle square, uint8 (C, side, side), resized with a low-pass filter."""
     if image.size != (side, side):
-        image = image.resize((side, side), Image.Resampling.BICUBIC, reducing_gap=3.0)
+        (width, height), short = image.size, min(image.size)
+        left, top = (width - short) / 2, (height - short) / 2
+        image = image.resize((side, side), Image.Resampling.BICUBIC, reducing_gap=3.0,
+                             box=(left, top, left + short, top + short))
     array = np.asarray(image)                              # (side, side) or (side, side, 3)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
@@ -644,11 +647,29 @@ def listing(data, data_dir, split, convention="argmax", partial=False, align_by=
         found = list_ferplus(root, split, convention, partial)
     elif data == "raf":
         found = list_raf(root, split, align_by, partial)
-    else:
+    elif data.startswith("affectnet"):
         found = list_affectnet(data, root, split, partial)
+    else:
+        raise NotImplementedError(f"{data} stands in DATA; its reader has no branch here")
     if not found.names:
         raise InputError(f"{root}: no face is left in the {split} split of {data}")
     return found
+
+
+def code_behind(function, known):
+    """The source of a function and of the functions of its file that it calls, and so on.
+
+    known: names of functions that are already told; it grows.
+    """
+    text, codes = inspect.getsource(function), [function.__code__]
+    for code in codes:                                   # grows by the functions inside
+        codes += [c for c in code.co_consts if inspect.iscode(c)]
+        for name in sorted(set(code.co_names) - known):
+            other = function.__globals__.get(name)
+            if inspect.isfunction(other) and other.__globals__ is function.__globals__:
+                known.add(name)
+                text += code_behind(other, known)
+    return text
 
 
 def memory_map(found, data, split, side, cache):
@@ -658,8 +679,7 @@ def memory_map(found, data, split, side, cache):
     the code that reads and aligns images, so that what changed is read again; old files may be
     deleted. It is written beside and renamed: a half-built file is never used.
     """
-    code = "".join(map(inspect.getsource, (found.read, read_image, to_array, similarity, align,
-                                           five_points, kaggle_image)))
+    code = code_behind(found.read, set())
     shape = len(found.names), DATA[data]["channels"], side, side
     digest = hashlib.sha256(repr((data, split, shape, found.names, TEMPLATE.tolist(),
                                   code)).encode())

@@ -58,8 +58,8 @@ PAPER = {
     "decoder-revision": dict(raf=91.89, affectnet7=66.93),
 }
 # What config.json says beside FREE in which two runs of one row may differ.
-ABOUT = ("command", "commit", "processes", "python", "torch", "torchvision", "deterministic",
-         "accumulate", "compile")
+ABOUT = ("command", "commit", "processes", "threads", "python", "torch", "torchvision",
+         "deterministic", "accumulate", "compile")
 # Columns of the comparison: key of a result, heading; all but NLL in per cent.
 COLUMNS = {"held_out_accuracy": "held out", "accuracy": "accuracy",
            "mean_class_accuracy": "mean class", "inside_candidate_set": "in set", "vote_nll": "NLL",
@@ -245,9 +245,12 @@ def load_run(path, overrides):
     path = Path(path)
     path = path / "last.pt" if path.is_dir() else path
     if not path.exists():
-        raise InputError(f"{path}: no such run; make it with: python train.py")
+        kept = [split for split in ("val", "test") if path.with_name(f"{split}.json").exists()]
+        raise InputError(f"{path}: no such run; make it with: python train.py" if not kept else
+                         f"{path}: a published run without weights; give --split {kept[0]}")
     state = load_checkpoint(path, "train")
     config = {**state["config"], **overrides}
+    known_to_this_code(path, config)
     if state["classes"] != DATA[config["data"]]["classes"]:
         raise InputError(f"{path}: trained on the classes {', '.join(state['classes'])}")
     if not state["log"]:
@@ -308,10 +311,15 @@ def stored(folder, kept):
                          f"be whole ({error})") from None
     if not log:
         raise InputError(f"{folder}/log.jsonl: holds no epoch; take another run")
-    if config.get("method") not in METHODS or config.get("data") not in DATA:
-        raise InputError(f"{folder}/config.json: method {config.get('method')!r}, data "
-                         f"{config.get('data')!r}: this code has no such row or data set")
+    known_to_this_code(folder / "config.json", config)
     return result, config, log, None
+
+
+def known_to_this_code(where, config):
+    """InputError for a run of a method or a data set that somebody's own code has added."""
+    if config.get("method") not in METHODS or config.get("data") not in DATA:
+        raise InputError(f"{where}: method {config.get('method')!r}, data {config.get('data')!r}: "
+                         "this code has no such row or data set; take the code that trained it")
 
 
 def keep_result(path, result):
@@ -589,7 +597,7 @@ def read_face(path, about, side, landmarks):
     """A picture file as the model's input, uint8 (C, side, side): aligned, or its middle square."""
     image = ImageOps.exif_transpose(read_image(path, about["channels"]))   # a camera held upright
     if landmarks is None:
-        return to_array(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC), side)
+        return to_array(image, side)
     points = landmarks.get(str(path), landmarks.get(path.name))
     if points is None:
         raise InputError(f"{path}: not in the file of --landmarks; add a row")

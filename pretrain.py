@@ -697,14 +697,19 @@ def restore(run, saved, model, optimizer, scaler):
 
 
 def write_config(run):
-    """config.json: the resolved settings, the command, versions and the commit; also printed."""
+    """config.json: the settings, the command, versions, the commit ("-dirty": and changes to it).
+
+    The settings are also printed.
+    """
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-                                capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True,
+                                text=True).stdout.strip()
     except OSError:
         commit = None                                    # git is not installed
     about = {**run.config, "command": " ".join(sys.argv), "commit": commit or None,
-             "processes": run.world, "device": str(run.device), "python": sys.version.split()[0],
+             "processes": run.world, "threads": torch.get_num_threads(),
+             "device": str(run.device), "python": sys.version.split()[0],
              "torch": torch.__version__, "torchvision": torchvision.__version__}
     text = json.dumps(about, indent=1) + "\n"
 

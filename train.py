@@ -157,8 +157,10 @@ class ResNet18(nn.Module):
 class Recogniser(nn.Module):
     """Encoder, then a head that reads the visual tokens (Fig. 2); (B, 3, H, H) -> logits (B, K).
 
-    With `width` there is also PiCO's projection, which only its training asks for: then the output
-    is (logits, unit vectors (B, width) from the mean token).
+    Another decoder in place of `LabelDecoder` needs `queries` (K, d), which Eq. (3) spreads, and
+    for evaluate.py's pictures (logits, maps) if need_attention is True. With `width` there is also
+    PiCO's projection, which only its training asks for: then the output is (logits, unit vectors
+    (B, width) from the mean token).
     """
 
     def __init__(self, encoder, head, dim=0, width=0):
@@ -226,15 +228,16 @@ def imagenet_weights(model):
 
 def pretrained_weights(config):
     """Where the encoder of a pre-training run is, and its weights; its decoder stays (Sec. 3.2)."""
-    where = Path(config["init"])
-    where = where / "last.pt" if where.is_dir() else where
-    target = {f"runs/pretrain-{config['data']}": "", f"runs/pretrain-{config['data']}-pixel":
-              " --target pixel"}.get(config["init"])
-    if not where.exists() and target is not None:
-        folder = f" --data-dir {config['data_dir']}" if config["data_dir"] else ""
-        raise InputError(f"{config['init']}/last.pt: no pre-training run; make it with: python "
-                         f"pretrain.py --data {config['data']} --scale {config['scale']}{folder}"
-                         f"{target} (or choose --init imagenet or none)")
+    init, usual = config["init"], f"runs/pretrain-{config['data']}"
+    where = Path(init) if Path(init).is_file() or init.endswith(".pt") else Path(init) / "last.pt"
+    if not where.exists() and where.name == "last.pt":
+        out = where.parent
+        flags = {"--data-dir": config["data_dir"], "--target": "pixel" if "pixel" in out.name else
+                 None, "--out": None if str(out) in (usual, f"{usual}-pixel") else out}
+        more = "".join(f" {flag} {value}" for flag, value in flags.items() if value)
+        raise InputError(f"{where}: no pre-training run; make it with: python pretrain.py --data "
+                         f"{config['data']} --scale {config['scale']}{more} (or choose --init "
+                         "imagenet or none)")
     state = load_checkpoint(where, "pretrain")
     if not state["log"]:
         raise InputError(f"{where}: stopped within its first epoch; go on with pretrain.py "

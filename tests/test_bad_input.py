@@ -350,8 +350,8 @@ def test_a_run_without_an_epoch_is_not_evaluated(trained, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     ("--epochs many", "argument --epochs: invalid int value: 'many'"),
-    ("--data mnist", "argument --data: invalid choice: 'mnist' (choose from 'toy', 'ferplus', "
-     "'raf', 'affectnet7', 'affectnet8')"),
+    ("--data mnist", "argument --data: invalid choice: 'mnist' (choose from "
+     f"{', '.join(map(repr, DATA))})"),
     ("--learning-rate 1", "unrecognized arguments: --learning-rate 1")])
 def test_bad_words_on_the_command_line(flags, message, capsys):
     assert error_of(pretrain, flags.split(), capsys).endswith(f": error: {message}\n")

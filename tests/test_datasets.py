@@ -1,8 +1,10 @@
 """datasets.py: the layouts on disk, votes to labels, alignment, the toy."""
 import csv
+import importlib
 import json
 import os
 import shutil
+from types import FunctionType
 
 import numpy as np
 import pytest
@@ -283,13 +285,47 @@ def test_memory_map_is_kept_until_a_source_or_the_alignment_changes(tmp_path, mo
     monkeypatch.setattr(datasets, "TEMPLATE", TEMPLATE + 1)
     load()
     assert len(set((tmp_path / "cache").iterdir())) == kept + 1
-    monkeypatch.setattr(datasets, "to_array", lambda image, side: np.full((1, side, side), 7,
-                                                                          np.uint8))
+    other = lambda image, side: np.full((1, side, side), 7, np.uint8)      # as if it stood there
+    monkeypatch.setattr(datasets, "to_array", FunctionType(other.__code__, vars(datasets)))
     assert load().images.max() == 7                      # other code
     monkeypatch.setitem(DATA["ferplus"], "channels", 3)
     with pytest.raises(ValueError, match="reshape"):     # read anew, and not as colour by mistake
         load()
     assert len(set((tmp_path / "cache").iterdir())) == kept + 2
+
+
+OWN_READER = """
+from datasets import number
+
+def reader(names):
+    def read(i, side):
+        return [of_one(name) for name in names]
+    return read
+
+def of_one(name):
+    return further(number(name, ""))
+
+def further(value):
+    return of_one(value)
+
+def idle():
+    pass
+"""
+
+
+def test_the_code_behind_a_reader_is_all_that_it_calls_in_its_file(tmp_path, monkeypatch):
+    """So a memory map is made again after a change of any of it, of your own reader's too."""
+    (tmp_path / "own_reader.py").write_text(OWN_READER)
+    monkeypatch.syspath_prepend(tmp_path)
+    behind = datasets.code_behind(importlib.import_module("own_reader").reader([]), set())
+    assert [line.strip() for line in behind.splitlines() if "def " in line] == [
+        "def read(i, side):", "def of_one(name):", "def further(value):"]
+
+
+def test_a_data_set_of_your_own_is_not_read_as_another(tmp_path, monkeypatch):
+    monkeypatch.setitem(DATA, "mine", DATA["affectnet7"])
+    with pytest.raises(NotImplementedError, match="mine stands in DATA"):
+        listing("mine", tmp_path, "train")
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -12,8 +12,8 @@ import evaluate
 import hog
 import pll
 import pretrain
-from conftest import (DECODER, ROOT, TINY, faces_with, flags_for, given_to_fit, read_state,
-                      run_script, shown_accuracy)
+from conftest import (DECODER, ROOT, TINY, error_of, faces_with, flags_for, given_to_fit,
+                      read_state, run_script, shown_accuracy)
 from datasets import DATA, TEMPLATE, InputError, load_faces, to_picture
 from decoder import heat
 from hog import BINS, edge, glyphs
@@ -220,6 +220,8 @@ def test_a_run_without_weights_is_compared_by_its_kept_result(trained, cache, tm
     (tmp_path / "run/last.pt").unlink()
     evaluate.main(["run", "--markdown"])
     assert capsys.readouterr().out == with_weights
+    assert error_of(evaluate, ["run", "--split", "val"], capsys) == (
+        "error: run/last.pt: a published run without weights; give --split test\n")
 
 
 @pytest.mark.parametrize("file, content", [("config.json", None), ("log.jsonl", "{"),

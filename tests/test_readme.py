@@ -162,6 +162,10 @@ def test_every_file_and_test_that_the_readme_names_exists():
         assert any(f"def {name}(" in p.read_text() for p in (ROOT / "tests").glob("*.py")), name
     for picture in re.findall(r"\.github/[\w-]+\.png", TEXT):
         assert (ROOT / picture).is_file(), picture
+
+
+def test_the_readme_does_not_grow():
+    """What is longer than this is not read; a new row takes the place of another line."""
     assert len(TEXT.splitlines()) <= 455
 
 
@@ -237,6 +241,25 @@ def test_the_tables_of_claims_are_what_claims_py_prints():
     assert len(told) > 9
     for difference in told:
         assert re.search(r"[ *]" + re.escape(difference) + r"['* ]", "\n".join(printed)), difference
+
+
+def test_the_command_of_each_kept_run_gives_its_settings_still(monkeypatch):
+    """Presets, methods or defaults that have changed since would make the results another code's.
+    Settings that are newer than a run are at their defaults, as they cannot have been given."""
+    def stop(config):
+        raise Parsed(config)
+
+    kept = sorted((ROOT / "tests/results").rglob("config.json"))
+    assert len(kept) > 150
+    for path in kept:
+        then = json.loads(path.read_text())
+        script = importlib.import_module(then["stage"])
+        monkeypatch.setattr(script, "start", stop)
+        with pytest.raises(Parsed) as now:
+            script.main(shlex.split(then["command"])[1:])
+        settings = now.value.args[0]
+        for name in then.keys() - set(evaluate.ABOUT) - {"device"}:
+            assert settings[name] == then[name], (path, name)
 
 
 def keep(path, accuracy, held_out=None):

@@ -3,6 +3,7 @@ import contextlib
 import json
 import pickle
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_a_run_leaves_checkpoint_config_and_log(pretrained, trained):
         assert {"last.pt", "config.json", "log.jsonl"} <= {p.name for p in folder.iterdir()}
         config = json.loads((folder / "config.json").read_text())
         assert config.keys() >= {"command", "commit", "torch", "seed", "lr", "batch_size",
-                                 "processes"}
+                                 "processes", "threads"}
         assert [r["epoch"] for r in read_log(folder)] == [1, 2]
     log = read_log(pretrained)
     assert all(r["skill"] == pytest.approx(1 - r["loss"] / r["trivial"]) for r in log)
@@ -239,6 +240,28 @@ def test_an_earlier_runs_checkpoint_is_kept(trained, cache, tmp_path):
     assert not same(kept["model"], read_state(tmp_path / "run")["model"])
 
 
+@pytest.mark.parametrize("state, said", [
+    ("clean", ""), ("changed", "-dirty"), ("tagged", ""), ("no repository", None)])
+def test_a_runs_commit_says_whether_its_code_was_changed(state, said, tmp_path, monkeypatch):
+    git = lambda *words: subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True,
+        capture_output=True, text=True)
+    (tmp_path / "pretrain.py").write_text("1")
+    commit = None
+    if said is not None:
+        git("init"), git("add", "."), git("commit", "-m", "a")
+        commit = git("rev-parse", "HEAD").stdout.strip() + said
+    (tmp_path / "pretrain.py").write_text("2" if state == "changed" else "1")
+    if state == "tagged":
+        git("tag", "-a", "v1", "-m", "a")
+    monkeypatch.setattr(pretrain, "__file__", str(tmp_path / "pretrain.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    config = train.parse(["--out", str(tmp_path / "run")])
+    pretrain.write_config(pretrain.Run(config, 0, 1, CPU))
+    kept = json.loads((tmp_path / "run/config.json").read_text())
+    assert kept["commit"] == commit and kept["threads"] == torch.get_num_threads()
+
+
 def changed(run, path, **what):
     """A copy of a run whose last.pt holds other things; its folder, as text."""
     shutil.copytree(run, path)
@@ -275,6 +298,9 @@ def test_a_run_of_other_classes_is_not_judged(trained, tmp_path):
 
 def test_a_run_of_other_code_is_not_judged_and_says_where_its_own_is(trained, tmp_path):
     config = read_state(trained)["config"]
+    forked = changed(trained, tmp_path / "forked", config={**config, "method": "mine"})
+    with pytest.raises(InputError, match="'mine'.*no such row.*take the code that trained it"):
+        evaluate.load_run(forked, {"device": "cpu"})
     older = {k: v for k, v in config.items() if k != "decoder_layers"}
     with pytest.raises(InputError, match="older than the setting 'decoder_layers'; .* its commit"):
         evaluate.load_run(changed(trained, tmp_path / "older", config=older), {"device": "cpu"})
@@ -295,6 +321,9 @@ def test_resuming_with_other_settings_is_refused_with_the_differences(trained, c
 
 @pytest.mark.parametrize("script, flags, message", [
     (train, [], "runs/pretrain-toy/last.pt: no pre-training run; make it with: python pretrain.py"),
+    (train, ["--init", "nowhere"], "nowhere/last.pt: no pre-training run; make it with: python "
+     "pretrain.py --data toy --scale laptop --out nowhere (or choose --init imagenet or none)"),
+    (train, ["--method", "mim-pixel"], "pretrain.py --data toy --scale laptop --target pixel (or"),
     (train, ["--init", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
     (train, ["--threshold", "1"], "--threshold 1.0: give a number from 0.0 to 0.9999"),
     (train, ["--data", "raf", "--init", "none", *TINY],
