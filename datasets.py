@@ -793,7 +793,7 @@ def augment(images, u, size, data, scale=0.5, degrees=0.0, light=0.0, erase=0.0)
     is random, a row a face, so that a face is augmented alike however a batch is divided. A crop
     has an area from `scale` to 1 and an aspect ratio of 3/4 to 4/3 (MaskFeat), or as near to that
     as the image allows; `degrees`, `light` are the largest rotation and change of brightness and
-    contrast; `erase` is how often a rectangle is replaced by the mean colour (Zhong et al. 2020).
+    contrast; `erase` is how often a rectangle (`erased`) is replaced by the mean colour.
     """
     spread = lambda k, a: (2 * u[:, k] - 1) * a                    # uniform in -a .. a, (B,)
     area = scale + (1 - scale) * u[:, 0]
@@ -815,17 +815,27 @@ def augment(images, u, size, data, scale=0.5, degrees=0.0, light=0.0, erase=0.0)
         x = x.mul_(gain[:, None, None, None]).add_(shift[:, None, None, None]).clamp_(0, 1)
     x = normalise(x, DATA[data])                                   # (B, 3, size, size)
     if erase:
-        share, aspect = 0.02 + 0.31 * u[:, 8], torch.exp(spread(9, math.log(3.3)))
-        centre, spans = torch.arange(size, device=x.device) + 0.5, []      # of the pixels
-        for k, side in ((10, (share * aspect).sqrt()), (11, (share / aspect).sqrt())):
-            side = (side * size).clamp(1, size)
-            start = u[:, k] * (size - side)                        # (B,)
-            start, end = start[:, None], (start + side)[:, None]   # (B, 1) each
-            spans.append((centre >= start) & (centre < end))       # (B, size)
         chosen = ((u[:, 4] * 2) % 1 < erase)[:, None, None]        # independent of the flip
-        box = spans[0][:, :, None] & spans[1][:, None, :] & chosen                # (B, size, size)
-        x = x.masked_fill_(box[:, None], 0.0)
+        x = x.masked_fill_((erased(u[:, 8:], size) & chosen)[:, None], 0.0)
     return x
+
+
+def erased(u, size):
+    """A random rectangle of each image (Zhong et al. 2020): u (B, 4) -> (B, size, size) bool.
+
+    Its share of the image is uniform in 0.02 .. 0.33, its aspect ratio log-uniform in 1/3.3 .. 3.3.
+    """
+    share, aspect = 0.02 + 0.31 * u[:, 0], torch.exp((2 * u[:, 1] - 1) * math.log(3.3))   # (B,)
+    centre = torch.arange(size, device=u.device) + 0.5             # of the pixels, (size,)
+
+    def span(side, where):
+        """Which rows or columns it covers: share of the side and where, (B,) -> (B, size) bool."""
+        length = (side * size).clamp(1, size)
+        start = (where * (size - length))[:, None]                 # (B, 1)
+        return (centre >= start) & (centre < start + length[:, None])
+
+    rows, columns = span((share * aspect).sqrt(), u[:, 2]), span((share / aspect).sqrt(), u[:, 3])
+    return rows[:, :, None] & columns[:, None, :]                  # (B, size, size)
 
 
 # ---------------------------------------------------------------------------------------- pictures

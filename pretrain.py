@@ -746,7 +746,7 @@ def batches(run, faces, epoch, first):
         run.loader = DataLoader(faces, sampler=[], batch_size=None, num_workers=workers,
                                 persistent_workers=workers > 0, worker_init_fn=outlive,
                                 pin_memory=run.device.type == "cuda")
-    run.loader.sampler[:] = local.tolist()
+    run.loader.sampler[:] = local.tolist()               # what its processes read next
     loaded = iter(run.loader)
     for indices in local:
         with run.timed("data"):
