@@ -52,11 +52,12 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """DETR's decoder layer, post-norm: self-attention, cross-attention, feed-forward.
+    """A decoder layer as DETR's, post-norm: self-attention, cross-attention, feed-forward.
 
-    The queries act as positions: they are added to x for the queries and keys of the self-attention
-    and for the queries of the cross-attention, never to values. The visual tokens already hold
-    their positions, so nothing is added to them.
+    Unlike DETR's: GELU, a hidden width of 4 d, dropout on the branches alone, and no further norm
+    behind the last layer. The queries act as positions: they are added to x for the queries and
+    keys of the self-attention and for the queries of the cross-attention, never to values. The
+    visual tokens already hold their positions, so nothing is added to them.
     """
 
     def __init__(self, dim, heads, dropout=0.1):
@@ -69,6 +70,10 @@ class DecoderLayer(nn.Module):
     def among_labels(self, x, queries):
         """Self-attention, in which a label sees the others: (B, K, d) -> (B, K, d)."""
         return self.norm1(x + self.dropout(self.self_attn(x + queries, x + queries, x)))
+
+    def attention(self, x, queries, tokens):
+        """The map of the cross-attention in `forward`, (B, heads, K, HW)."""
+        return self.cross_attn.weights(self.among_labels(x, queries) + queries, tokens)
 
     def forward(self, x, queries, tokens):
         """x (B, K, d), queries (K, d) or (B, K, d), tokens (B, HW, d) -> (B, K, d)."""
@@ -103,8 +108,7 @@ class LabelDecoder(nn.Module):
         maps = []
         for layer in self.layers:                                         # x (B, K, d)
             if need_attention:
-                asking = layer.among_labels(x, self.queries) + self.queries
-                maps.append(layer.cross_attn.weights(asking, tokens))
+                maps.append(layer.attention(x, self.queries, tokens))
             x = layer(x, self.queries, tokens)
         logits = (x * self.weight).sum(dim=-1) + self.bias                # (B, K, d) -> (B, K)
         return (logits, torch.stack(maps, dim=1)) if need_attention else logits
@@ -198,14 +202,15 @@ def cost_table(faces, utilisation=0.35):
 
     Computed, not measured: forward and backward are three times forward, a card reaches
     `utilisation` of its stated rate. Memory a card: 16 bytes a parameter (weight, gradient, AdamW's
-    two) and 2 bytes (16-bit autocast) for each number that is kept of its share of the batch. The
-    paper trains on two cards; that stage is also shown on four.
+    two) and 2 bytes (16-bit autocast) for each number that is kept of its share of the batch; it
+    is really about a seventh more: autocast keeps LayerNorm's inputs in fp32, and 16-bit weights.
+    The paper trains on two cards; that stage is also shown on four.
     """
     lines = ["| stage | parameters | GFLOP an image | cards | GB a card | "
              + " | ".join(f"hours on {card}" for card in CARDS) + " |",
              "|---" * (5 + len(CARDS)) + "|"]
     costs = stage_costs()
-    for stage, cards in [*((stage, row[2]) for stage, row in PAPER.items()), ("training", 4)]:
+    for stage, cards in [("pre-training", 4), ("training", 2), ("training", 4)]:
         cost, (epochs, batch, _) = costs[stage], PAPER[stage]
         work = 3 * cost.operations * faces * epochs
         memory = (16 * cost.parameters + 2 * cost.kept * batch / cards) / 1e9
@@ -228,14 +233,15 @@ def heat(face, attention, pixels):
     return grey
 
 
-def attention_picture(faces, maps, zeta, names, titles, pixels=170):
+def attention_picture(faces, maps, zeta, names, titles):
     """Where each label looks: a row a class, a column a face (Sec. 3.3); PIL RGB.
 
     faces: list of n PIL images; maps (n, layers, heads, K, HW) of `LabelDecoder`, of which the last
     layer's mean over heads is shown, each map scaled by its own maximum; zeta (n, K): the
     softmax of the logits, written into each cell; titles: n lists of lines above the faces.
     """
-    left, gap, top = 150, 10, 100 + pixels
+    pixels, left, gap = 170, 150, 10
+    top = 100 + pixels
     small, large = ImageFont.load_default(20), ImageFont.load_default(22)
     size = (left + len(faces) * (pixels + gap), top + len(names) * (pixels + gap))
     sheet = Image.new("RGB", size, "white")
@@ -248,10 +254,9 @@ def attention_picture(faces, maps, zeta, names, titles, pixels=170):
         for k, name in enumerate(names):
             y = top + k * (pixels + gap)
             sheet.paste(heat(face, maps[i, k], pixels), (x, y))
-            text = f"{zeta[i, k].item():.0%}"
+            ink = "firebrick" if zeta[i, k] == zeta[i].max() else "black"
             draw.rectangle((x, y, x + 58, y + 28), "white")
-            draw.text((x + 5, y + 3), text, "firebrick" if zeta[i, k] == zeta[i].max()
-                      else "black", small)
+            draw.text((x + 5, y + 3), f"{zeta[i, k].item():.0%}", ink, small)
             if not i:
                 draw.text((left - 12, y + pixels / 2), name, "black", large, anchor="rm")
     return sheet

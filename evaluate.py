@@ -186,45 +186,43 @@ def measure(logits, faces, classes, new=None):
     return result
 
 
+# The text of a result: a key, and the line that is printed if the result has it.
+TEXT = (
+    ("accuracy", "accuracy             {accuracy:7.2%}   of {faces} faces"),
+    ("accuracy", "mean class accuracy  {mean_class_accuracy:7.2%}"),
+    ("accuracy", "majority class rate  {majority_class_rate:7.2%}   (the trivial answer)"),
+    ("held_out_accuracy", "held-out faces       {held_out_accuracy:7.2%}   (kept out of training "
+     "by --val)"),
+    ("inside_candidate_set", "inside candidate set {inside_candidate_set:7.2%}"),
+    ("vote_nll", "votes: NLL           {vote_nll:7.3f}   ECE {vote_calibration_error:.2%}"),
+    ("accuracy_without_duplicates", "without duplicates   {accuracy_without_duplicates:7.2%}   "
+     "({duplicates} faces also stand in the training set)"),
+    ("accuracy_on_truth", "accuracy on truth    {accuracy_on_truth:7.2%}   (the crowd's label: "
+     "{crowd_on_truth:.2%})"),
+    ("disputed_accuracy", "on disputed faces    {disputed_accuracy:7.2%}   (fewer than half of the "
+     "votes agree)"),
+    ("revised", "{sets:20s} {revised:7.2%}   {agree}"),
+    ("trivial_as_voted", "trivial revision     {trivial_as_voted:7.2%}   as voted, had each of "
+     "them become its most frequent candidate"),
+    ("locked_in", "locked in            {locked_in:7.2%}   of those not as voted: the network now "
+     "says the voted label"),
+    ("usual_error", "{made:20s} {usual_error_share:7.2%}   of those not as voted, more than any "
+     "other class"),
+    ("disputed_as_voted", "disputed in training {disputed_revised:7.2%}   of {disputed_faces} are "
+     "revised, {disputed_as_voted:.2%} of these as voted"),
+)
+
+
 def as_text(result, classes, revises):
     """The result as lines for a terminal; revises: of a run that reduces sets (Eq. 5)."""
-    lines = [f"accuracy             {result['accuracy']:7.2%}   of {result['faces']} faces",
-             f"mean class accuracy  {result['mean_class_accuracy']:7.2%}",
-             f"majority class rate  {result['majority_class_rate']:7.2%}   (the trivial answer)"]
-    if "inside_candidate_set" in result:
-        lines += [f"inside candidate set {result['inside_candidate_set']:7.2%}",
-                  f"votes: NLL           {result['vote_nll']:7.3f}   ECE "
-                  f"{result['vote_calibration_error']:.2%}"]
-    if "accuracy_without_duplicates" in result:
-        lines.append(f"without duplicates   {result['accuracy_without_duplicates']:7.2%}   "
-                     f"({result['duplicates']} faces also stand in the training set)")
-    if "accuracy_on_truth" in result:
-        lines.append(f"accuracy on truth    {result['accuracy_on_truth']:7.2%}   "
-                     f"(the crowd's label: {result['crowd_on_truth']:.2%})")
-    if "disputed_accuracy" in result:
-        lines.append(f"on disputed faces    {result['disputed_accuracy']:7.2%}   (fewer than half "
-                     "of the votes agree)")
-    if "revised" in result:
-        name, voted, drawn = ("revised in training", "as voted", "as drawn") if revises else (
-            "several candidates", "with the voted label first in C", "with the drawn one")
-        agree = [f"{result[key]:.2%} {text}" for key, text in (
-            ("revised_as_voted", voted), ("revised_as_true", drawn)) if key in result]
-        lines.append(f"{name:20s} {result['revised']:7.2%}   "
-                     + ", ".join(["of its faces" if revises else "of the training faces", *agree]))
-    if "trivial_as_voted" in result:
-        lines.append(f"trivial revision     {result['trivial_as_voted']:7.2%}   as voted, had "
-                     "each of them become its most frequent candidate")
-    if "locked_in" in result:
-        lines.append(f"locked in            {result['locked_in']:7.2%}   of those not as voted: "
-                     "the network now says the voted label")
-    if "usual_error" in result:
-        lines.append(f"{'made ' + classes[result['usual_error']]:20s} "
-                     f"{result['usual_error_share']:7.2%}   of those not as voted, more than any "
-                     "other class")
-    if "disputed_as_voted" in result:
-        lines.append(f"disputed in training {result['disputed_revised']:7.2%}   of "
-                     f"{result['disputed_faces']} are revised, {result['disputed_as_voted']:.2%} "
-                     "of these as voted")
+    sets, whose, *how = ("revised in training", "of its faces", "as voted", "as drawn") \
+        if revises else ("several candidates", "of the training faces",
+                         "with the voted label first in C", "with the drawn one")
+    agree = [f"{result[key]:.2%} {text}" for key, text in
+             zip(("revised_as_voted", "revised_as_true"), how) if key in result]
+    told = {**result, "sets": sets, "agree": ", ".join([whose, *agree]),
+            "made": f"made {classes[result.get('usual_error', 0)]}"}
+    lines = [line.format(**told) for key, line in TEXT if key in result]
     percent = lambda v: "-" if v is None else f"{v:.1%}"
     lines += ["", f"{'class':12s} {'faces':>6s} {'recall':>8s} {'precision':>10s}"]
     lines += [f"{name:12s} {row['faces']:6d} {percent(row['recall']):>8s} "
@@ -247,7 +245,8 @@ def load_run(path, overrides):
     if not path.exists():
         kept = [split for split in ("val", "test") if path.with_name(f"{split}.json").exists()]
         raise InputError(f"{path}: no such run; make it with: python train.py" if not kept else
-                         f"{path}: a published run without weights; give --split {kept[0]}")
+                         f"{path}: no weights are there; what was measured is shown by: python "
+                         f"evaluate.py {path.parent} --split {kept[0]}")
     state = load_checkpoint(path, "train")
     config = {**state["config"], **overrides}
     known_to_this_code(path, config)
@@ -270,7 +269,8 @@ def load_run(path, overrides):
 def evaluate(path, split, overrides):
     """One run on one split: (result as a dict, its settings, log, and a function for pictures).
 
-    A run folder without weights (a published result) is taken at the word of its SPLIT.json.
+    A run folder without weights (a published result) is taken at the word of its SPLIT.json, and
+    has None for a function.
     """
     kept = Path(path) / f"{split}.json"
     if kept.exists() and not (Path(path) / "last.pt").exists():
@@ -330,9 +330,12 @@ def keep_result(path, result):
 
 
 def comparable(config):
-    """A run's settings without its place and its seed, which may stand in the path of --init."""
+    """A run's settings without its place, how it was computed (ABOUT), and its seed.
+
+    The seed may also end a part of the path of --init (runs/pretrain-0) or follow "seed" in it.
+    """
     same = {k: v for k, v in config.items() if k not in FREE + ABOUT + ("seed",)}
-    seed = rf"([-_/](seed)?|seed){config['seed']}(?!\d)"
+    seed = rf"[-_/]?seed{config['seed']}(?!\d)|[-_/]{config['seed']}(?=/|\.pt$|$)"
     same["init"] = re.sub(seed, "", str(config["init"]))
     return same
 
@@ -348,8 +351,8 @@ def departures(config):
     mine, alone = comparable(config), {**comparable(alone), "epochs": parse(flags)["epochs"]}
     usual = "laptop" if config["data"] == "toy" else "paper"
     scale = [f"scale {config['scale']}"] * (config["scale"] != usual)
-    return scale + [f"{k} {config[k]}" for k in {**alone, **mine}
-                    if mine.get(k, alone.get(k)) != alone.get(k)]
+    return scale + [f"{k} {mine[k]}" for k in {**alone, **mine}      # in the order of the settings
+                    if k in mine and mine[k] != alone.get(k)]
 
 
 def comparison(results, markdown, columns=COLUMNS, title=""):
@@ -406,8 +409,9 @@ COLOURS = ("firebrick", "steelblue", "seagreen", "darkorange", "purple", "black"
            "teal")
 
 
-def chart(draw, x, y, title, series, width=860, height=460):
+def chart(draw, x, y, title, series):
     """A line chart in a box from (x, y); series: [(name, colour, values of epoch 1, 2, ...)]."""
+    width, height = 860, 460
     font, flat = ImageFont.load_default, [v for _, _, values in series for v in values]
     low, high, epochs = min(flat), max(flat), max(len(values) for _, _, values in series)
     low, high = low - 0.05 * (high - low), high + 0.05 * (high - low) + 1e-6
@@ -423,7 +427,7 @@ def chart(draw, x, y, title, series, width=860, height=460):
     draw.text((x + width / 2, y + height - 16), "epoch", "black", font(20), "mt")
     for k, (name, colour, values) in enumerate(series):
         points = [place(i, v) for i, v in enumerate(values)]
-        draw.line([p for point in points for p in point], colour, 4, "curve")
+        draw.line(points, colour, 4)
         for px, py in points:
             draw.ellipse((px - 4, py - 4, px + 4, py + 4), colour)
         draw.text((x + 90, y + height + 16 + 28 * k), name, colour, font(22))
@@ -434,21 +438,26 @@ def curves(logs):
 
     One run: Eq. (2) and its trivial answer, training and validation. Several: a colour a run.
     """
-    accuracy = "val_accuracy" if all("val_accuracy" in log[0] for _, log in logs) else \
-        "train_accuracy"
-    of = lambda log, key: [record[key] for record in log]
-    left, right = ([(name, COLOURS[k % len(COLOURS)], of(log, key)) for k, (name, log) in
-                    enumerate(logs)] for key in ("pll", accuracy))
+    def lines(of):
+        """Series of a chart from [(name, log, key)]."""
+        return [(name, COLOURS[k % len(COLOURS)], [record[key] for record in log])
+                for k, (name, log, key) in enumerate(of)]
+
+    title, log = "accuracy", logs[0][1]
     if len(logs) == 1:
-        log = logs[0][1]
-        left = [("the loss of the labels (pll)", COLOURS[0], of(log, "pll")),
-                ("the trivial answer", COLOURS[1], of(log, "trivial"))]
-        right = [(key.replace("_", " "), COLOURS[k], of(log, key)) for k, key in enumerate(
-            ("train_accuracy", "val_accuracy", "val_mean_class")) if key in log[0]]
+        left = lines([("the loss of the labels (pll)", log, "pll"),
+                      ("the trivial answer", log, "trivial")])
+        right = lines((key.replace("_", " "), log, key) for key in
+                      ("train_accuracy", "val_accuracy", "val_mean_class") if key in log[0])
+    else:
+        known = all("val_accuracy" in log[0] for _, log in logs)
+        title = "val accuracy" if known else "train accuracy"
+        left = lines((name, log, "pll") for name, log in logs)
+        right = lines((name, log, title.replace(" ", "_")) for name, log in logs)
     sheet = Image.new("RGB", (1800, 520 + 28 * max(len(left), len(right)) + 20), "white")
     draw = ImageDraw.Draw(sheet)
     chart(draw, 20, 20, "loss of the labels", left)
-    chart(draw, 920, 20, "accuracy" if len(logs) == 1 else accuracy.replace("_", " "), right)
+    chart(draw, 920, 20, title, right)
     return sheet
 
 
@@ -574,8 +583,9 @@ def disambiguated(state, faces, answers):
 
 def save_pictures(folder, made):
     """Write {name: PIL} as PNG files into a folder, by the first process; returns what to tell."""
-    for name, picture in made.items() if int(os.environ.get("RANK", 0)) == 0 else ():
-        replace_file(folder / f"{name}.png", lambda file: picture.save(file, "png"))
+    if int(os.environ.get("RANK", 0)) == 0:
+        for name, picture in made.items():
+            replace_file(folder / f"{name}.png", lambda file: picture.save(file, "png"))
     return f"pictures: {folder} ({', '.join(made)})"
 
 
@@ -605,10 +615,10 @@ def read_face(path, about, side, landmarks):
 
 
 def recognise(run, model, state, paths, landmarks, batch_size=64):
-    """Yield (path, probabilities (K,), image) of each picture file that can be read, in batches.
+    """Yield (path, probabilities (K,), image) of each picture file that can be read.
 
-    The others are named on stderr. Size, mean and deviation are the checkpoint's, channels and the
-    largest size the data set's.
+    They are computed in batches. The others are named on stderr. Size, mean and deviation are the
+    checkpoint's, channels and the largest size the data set's.
     """
     c = run.config
     side = min(c["image_size"], DATA[c["data"]]["side"])
@@ -685,8 +695,8 @@ def write_rows(path, rows, mode="w"):
 
 # ----------------------------------------------------------------------------------------- the file
 
-def main(argv=None):
-    """Evaluate one run, compare several, or recognise faces in picture files."""
+def command(argv):
+    """The command line; InputError for flags that do not go together."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("runs", nargs="*", default=["runs/train-toy"], help="run folders (%(default)s)")
@@ -702,15 +712,23 @@ def main(argv=None):
     add("--csv", help="write what was recognised to this file (--folder: else to stdout)")
     add("--landmarks", help="align them: csv of image, x1, y1, ... x5, y5 (eyes, nose, mouth)")
     args = parser.parse_args(argv)
-    overrides = {"device": args.device, "deterministic": False, "accumulate": 1}
-    overrides.update({k: getattr(args, k) for k in ("data_dir", "partial", "cache")
-                      if getattr(args, k)})
     asked = bool(args.image) + bool(args.folder)
     idle = (args.split, args.json, args.markdown) if asked else (args.csv, args.landmarks)
     if asked > 1 or asked and len(args.runs) > 1 or any(idle):
         raise InputError("--image or --folder takes one run; --csv and --landmarks go with them, "
                          "--split, --json and --markdown do not")
-    if asked:
+    if args.json and args.markdown:
+        raise InputError("--json: one object a run, no table; leave it or --markdown out")
+    return args
+
+
+def main(argv=None):
+    """Evaluate one run, compare several, or recognise faces in picture files."""
+    args = command(argv)
+    overrides = {"device": args.device, "deterministic": False, "accumulate": 1}
+    overrides.update({k: getattr(args, k) for k in ("data_dir", "partial", "cache")
+                      if getattr(args, k)})
+    if args.image or args.folder:
         return recognise_files(args, overrides)
     results, logs, alone = [], [], len(args.runs) == 1 and not args.markdown
     tell = print if int(os.environ.get("RANK", 0)) == 0 else lambda text: None

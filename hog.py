@@ -5,7 +5,7 @@ form of MaskFeat (Wei et al. 2022): each channel by itself, 9 unsigned orientati
 pixels, every cell normalised by its own length, no blocks.
 
     name        shape                  meaning
-    images      (B, C, H, H)           C channels; any scale and offset, the result is the same
+    images      (B, C, H, H)           C channels; scale and offset do not change the result
     gx, gy      (B, C, H, H)           Sobel derivatives along x and y
     magnitude   (B, C, H, H)           sqrt(gx^2 + gy^2), the weight of a pixel's vote
     angle       (B, C, H, H)           orientation in bins, atan2(gx, gy) / pi * 9, taken modulo 9
@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from vit import patchify, unpatchify
 
@@ -59,8 +59,8 @@ def magnitude_and_angle(gx, gy):
     """
     power = gx.square().add_(gy.square())
     flat = power == 0
-    magnitude = torch.where(flat, 0.0, torch.where(flat, 1.0, power).sqrt())
-    angle = torch.atan2(gx, torch.where(flat, 1.0, gy)).div_(math.pi).mul_(BINS)
+    magnitude = power.masked_fill(flat, 1.0).sqrt().masked_fill(flat, 0.0)
+    angle = torch.atan2(gx, gy.masked_fill(flat, 1.0)).div_(math.pi).mul_(BINS)
     return magnitude, angle                                             # (B, C, H, W)
 
 
@@ -73,9 +73,10 @@ def cell_sums(bins, votes, cell):
     height, width = votes.shape[-2] // cell, votes.shape[-1] // cell
     row = torch.arange(votes.shape[-2], device=votes.device) // cell
     column = torch.arange(votes.shape[-1], device=votes.device) // cell
-    place = (row[:, None] + 2 * BINS * height) * width + column         # of bin 0, (H, W)
-    place = bins.long().mul_(height * width).add_(place)                # (B, C, H, W)
-    planes = votes.new_zeros(*votes.shape[:2], 4 * BINS * height * width)
+    plane, cells = height * width, row[:, None] * width + column        # a pixel's cell, (H, W)
+    # Bin b votes in plane b + 18 of 36: no modulo for each pixel, planes 9 apart are added at last.
+    place = bins.long().mul_(plane).add_(cells + 2 * BINS * plane)      # (B, C, H, W)
+    planes = votes.new_zeros(*votes.shape[:2], 4 * BINS * plane)
     planes = planes.scatter_add(2, place.flatten(2), votes.flatten(2))  # each pixel votes once
     return planes.unflatten(2, (4, BINS, height, width)).sum(dim=2)     # (B, C, 9, H/cell, W/cell)
 
@@ -150,7 +151,7 @@ def colour(b):
     return tuple(int(200 * v) for v in colorsys.hsv_to_rgb(b / BINS, 1.0, 1.0))
 
 
-def glyphs(histograms, pixels=24):
+def glyphs(histograms, pixels):
     """Draw HOG: histograms (C, 9, h, w) -> PIL RGB, w*pixels x h*pixels.
 
     A cell is a bundle of nine strokes along the edges; the more votes, the more opaque a stroke.
@@ -168,9 +169,14 @@ def glyphs(histograms, pixels=24):
     return picture
 
 
-def figure(image, cell=8, side=224, zoom=3):
-    """Face, gradient and histograms of a PIL image beside each other, with a legend: PIL RGB."""
-    image = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+def figure(image):
+    """Face, gradient and histograms of a PIL image beside each other, with a legend: PIL RGB.
+
+    Of its middle square, at the paper's size.
+    """
+    cell, side, zoom = 8, 224, 3
+    image = ImageOps.exif_transpose(image).convert("RGB")               # a camera held upright
+    image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.asarray(image) / 255).permute(2, 0, 1)[None]      # (1, 3, S, S)
     magnitude, _ = magnitude_and_angle(*gradients(pixels.float()))
     strength = magnitude.mean(dim=1)[0]                                 # (S, S)
@@ -196,8 +202,9 @@ def figure(image, cell=8, side=224, zoom=3):
     return sheet
 
 
-def drawn_face(side=448):
+def drawn_face():
     """A plain face with curved, straight, thin and broad edges, for want of an image: PIL RGB."""
+    side = 448
     image = Image.new("RGB", (side, side), (205, 215, 225))
     draw, at = ImageDraw.Draw(image), lambda *shares: [round(v * side) for v in shares]
     draw.ellipse(at(0.16, 0.06, 0.84, 0.96), (236, 196, 164), (90, 60, 45), 4)
@@ -218,11 +225,7 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/hog.png", help="the picture (%(default)s)")
     args = parser.parse_args(argv)
     try:
-        if args.image:
-            with Image.open(args.image) as file:
-                image = file.convert("RGB")
-        else:
-            image = drawn_face()
+        image = Image.open(args.image) if args.image else drawn_face()
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         figure(image).save(args.out)
     except (OSError, ValueError, Image.DecompressionBombError) as error:

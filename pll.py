@@ -56,8 +56,8 @@ def transition(classes, case):
                "lw4": {1: 0.5, -1: 0.5, 2: 0.3, -2: 0.3, 3: 0.1, -3: 0.1}}[case]
     matrix = torch.eye(classes)
     for shift, chance in chances.items():
-        matrix += chance * torch.eye(classes).roll(shift, dims=1)         # (i, i + shift)
-    return matrix.clamp(max=1.0)
+        matrix = matrix.maximum(chance * torch.eye(classes).roll(shift, dims=1))   # (i, i + shift)
+    return matrix
 
 
 def generate_candidates(labels, matrix, seed):
@@ -78,7 +78,7 @@ def uniform_transition(classes, chance):
 def initial_confidence(candidates, votes=None):
     """C_i = Y_i / |Y_i| (Sec. 3.3.2), or with `votes` the candidates' shares of them: (n, K)."""
     weights = candidates.float() if votes is None else candidates * votes
-    return weights / weights.sum(dim=1, keepdim=True)                     # C_i = Y_i / |Y_i|
+    return weights / weights.sum(dim=1, keepdim=True)                     # a row sums to 1
 
 
 # --------------------------------------------------------------------------------------- the losses
@@ -218,7 +218,8 @@ def lw_loss(logits, candidates, weights, beta=1.0):
 def prototype_labels(features, prototypes, candidates):
     """PiCO (Wang et al. 2022): the candidate with the most similar prototype, (B,).
 
-    features (B, d) and prototypes (K, d) on the unit sphere.
+    features (B, d) on the unit sphere; prototypes (K, d), too, or 0 before the first feature of a
+    class.
     """
     similarity = features.float() @ prototypes.T                          # (B, K)
     return similarity.masked_fill(~candidates, -math.inf).argmax(dim=1)
@@ -233,12 +234,14 @@ def move_prototypes(prototypes, features, labels, momentum=0.99):
     """Prototypes (K, d) after moving averages over the rows of features (B, d), in their order.
 
     For each row p_c <- momentum * p_c + (1 - momentum) * feature, c its label; normalised at the
-    end. In closed form: the feature that is r-th from the last of its class counts momentum^r.
+    end. In closed form: p_c keeps momentum^(rows of c), and a feature that r rows of its class
+    follow has the weight (1 - momentum) * momentum^r.
     """
     chosen = F.one_hot(labels, len(prototypes))                           # (B, K)
-    later = chosen.sum(dim=0) - chosen.cumsum(dim=0)                      # (B, K), r above
+    count = chosen.sum(dim=0)                                             # (K,)
+    later = count - chosen.cumsum(dim=0)                                  # (B, K), r above
     weights = (1 - momentum) * chosen * momentum ** later                 # (B, K)
-    kept = momentum ** chosen.sum(dim=0).unsqueeze(1)                     # (K, 1)
+    kept = momentum ** count.unsqueeze(1)                                 # (K, 1)
     return F.normalize(kept * prototypes + weights.T @ features.float(), dim=1)
 
 
@@ -293,16 +296,17 @@ def story(threshold=0.1):
     for k, (when, logits) in enumerate((("An early visit", early), ("A later visit", late))):
         v1, v2, id1 = (v.item() for v in top2(start, logits))           # Eq. (4)
         after = revise(start, logits, threshold)                        # Eq. (5)
-        fires = v1 - v2 > threshold
+        if is_revised(after).item():
+            verdict, chosen = f"more than {threshold}: revise", (id1,)
+            note = "one label for good: a one-hot row\ncan only become itself"
+        else:
+            verdict, chosen, note = f"not more than {threshold}: keep", (), "as it was"
         phi, x, y = torch.sigmoid(logits), 40, 500 + 450 * k
         bars(draw, x, y, f"{when}: phi = sigmoid(logits)", phi[0].tolist(), names, (),
              "the response of each label query")
         bars(draw, x + 460, y, "phi * C, Eq. (4)", (phi * start)[0].tolist(), names, (id1,),
-             f"v1 - v2 = {v1:.3f} - {v2:.3f} = {v1 - v2:.3f}\n" +
-             (f"more than {threshold}: revise" if fires else f"not more than {threshold}: keep"))
-        bars(draw, x + 920, y, "C afterwards, Eq. (5)", after[0].tolist(), names,
-             (id1,) if fires else (), "one label for good: a one-hot row\ncan only become itself"
-             if fires else "as it was")
+             f"v1 - v2 = {v1:.3f} - {v2:.3f} = {v1 - v2:.3f}\n{verdict}")
+        bars(draw, x + 920, y, "C afterwards, Eq. (5)", after[0].tolist(), names, chosen, note)
     draw.text((1440, 40), "At each visit", "black", ImageFont.load_default(25))
     draw.multiline_text((1440, 100), "Eq. (4) takes the two largest of phi * C.\nEq. (5) makes the "
                         "first the only label if it\nleads by more than the threshold.\n\nanger, "

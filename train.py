@@ -79,8 +79,8 @@ SETTINGS = {
     "val": (0.0, 0.0, 0.0, 0.9, "share of the training set that is held out for validation"),
 }
 
-_plain = dict(head="linear", uniform_weight=0.0, init="imagenet")
 _mim = dict(head="linear", uniform_weight=0.0)
+_plain = dict(_mim, init="imagenet")
 # A row of the paper's tables is a line here: the settings in which it differs from the method
 # (`init` and `revise` are resolved in `parse`), in the order of evaluate.py's tables. A loss of
 # your own is a choice in SETTINGS, its start of C in `make_confidence`, its step in `objective` and
@@ -147,10 +147,7 @@ class ResNet18(nn.Module):
         self.net.avgpool, self.net.fc = nn.Identity(), nn.Identity()
 
     def forward(self, images):
-        net = self.net
-        x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
-        x = net.layer4(net.layer3(net.layer2(net.layer1(x))))             # (B, 512, h, w)
-        x = x.flatten(2).transpose(1, 2)                                  # (B, HW, 512)
+        x = self.net(images).unflatten(1, (512, -1)).transpose(1, 2)      # (B, HW, 512)
         return torch.cat([x.mean(dim=1, keepdim=True), x], dim=1)         # (B, 1+HW, 512)
 
 
@@ -231,10 +228,9 @@ def pretrained_weights(config):
     init, usual = config["init"], f"runs/pretrain-{config['data']}"
     where = Path(init) if Path(init).is_file() or init.endswith(".pt") else Path(init) / "last.pt"
     if not where.exists() and where.name == "last.pt":
-        out = where.parent
-        flags = {"--data-dir": config["data_dir"], "--target": "pixel" if "pixel" in out.name else
-                 None, "--out": None if str(out) in (usual, f"{usual}-pixel") else out}
-        more = "".join(f" {flag} {value}" for flag, value in flags.items() if value)
+        out, own = where.parent, config["data_dir"]
+        more = f" --data-dir {own}" * bool(own) + " --target pixel" * ("pixel" in out.name) \
+            + f" --out {out}" * (str(out) not in (usual, f"{usual}-pixel"))
         raise InputError(f"{where}: no pre-training run; make it with: python pretrain.py --data "
                          f"{config['data']} --scale {config['scale']}{more} (or choose --init "
                          "imagenet or none)")
@@ -295,8 +291,10 @@ def make_candidates(config, faces):
                          "shares of votes") + ", not from counts of votes; leave it out")
     if not generated:
         return candidates_from_votes(faces.votes, config["min_votes"])
-    matrix = uniform_transition(classes, float(kind[8:])) if kind.startswith("uniform:") \
-        else transition(classes, kind)
+    if kind.startswith("uniform:"):
+        matrix = uniform_transition(classes, float(kind.removeprefix("uniform:")))
+    else:
+        matrix = transition(classes, kind)
     return generate_candidates(faces.labels, matrix, config["seed"])
 
 
@@ -375,17 +373,17 @@ def parse(argv):
     add("--candidates", help="votes, lw1, lw2, lw4 or uniform:Q (votes where there are, else lw1)")
     args = parser.parse_args(argv)
     row = METHODS[args.method]
-    head = args.head or row.get("head")
-    config = resolve(args, SETTINGS, "train",
-                     {**row, "uniform_weight": 0.0} if head == "linear" else row)
-    name, pll = config["data"], config["loss"] == "pll"
-    config["out"] = config["out"] or f"runs/train-{name}" + (
-        "" if args.method == "ours" else "-" + args.method)
+    if (args.head or row.get("head")) == "linear":
+        row = {**row, "uniform_weight": 0.0}             # it has no label queries to spread
+    config = resolve(args, SETTINGS, "train", row)
+    name, other = config["data"], args.method != "ours"
+    config["out"] = config["out"] or f"runs/train-{name}" + f"-{args.method}" * other
     init = row.get("init", "pretrain" if config["model"] == "vit" else "imagenet")
     if init == "imagenet" and config["scale"] == "laptop":
         init = "none"            # there are none of the ViT's size; ResNet-18 starts alike
     config["init"] = args.init or init.replace("pretrain", f"runs/pretrain-{name}")
-    config["revise"] = pll and row.get("revise", True) if args.revise is None else args.revise
+    if config["revise"] is None:
+        config["revise"] = config["loss"] == "pll" and row.get("revise", True)
     refuse_idle(vars(args), config, NEEDS)
     check_combination(config)
     return config
@@ -396,12 +394,15 @@ def check_combination(config):
     kind = config["candidates"]
     try:
         known = kind in (None, "votes", "lw1", "lw2", "lw4") or \
-            (kind.startswith("uniform:") and 0 <= float(kind[8:]) <= 1)
+            (kind.startswith("uniform:") and 0 <= float(kind.removeprefix("uniform:")) <= 1)
     except ValueError:
         known = False
     if not known:
         raise InputError(f"--candidates {kind}: choose votes, lw1, lw2, lw4 or uniform:Q with Q "
                          "from 0 to 1")
+    if config["prior"] == "votes" and kind not in (None, "votes"):
+        raise InputError(f"--prior votes: nobody voted for the labels that --candidates {kind} "
+                         "draws; leave one of the two out")
     if config["head"] == "linear" and config["uniform_weight"]:
         raise InputError("--uniform-weight: a linear head has no label queries to spread; choose "
                          "--head decoder or --uniform-weight 0")
@@ -413,14 +414,15 @@ def check_combination(config):
         raise InputError(f"--warmup-revision {config['warmup_revision']}: the run has no more "
                          "epochs, so it would never act; give less" +
                          ", or --no-revise" * config["revise"])
-    if config["loss"] == "pico" and config["accumulate"] > 1:
+    pico = config["loss"] == "pico"
+    if pico and config["accumulate"] > 1:
         raise InputError("--accumulate: PiCO's queue and momentum model move once a batch; use "
                          "more processes or a smaller --batch-size")
-    if config["loss"] == "pico" and config["queue"] < config["batch_size"]:
+    if pico and config["queue"] < config["batch_size"]:
         raise InputError(f"--queue {config['queue']}: PiCO's queue must hold at least a batch, "
                          f"{config['batch_size']} keys")
-    if config["loss"] == "pico" and config["crop_scale"] == 1 and not (
-            config["degrees"] or config["light"] or config["erase"]):
+    if pico and config["crop_scale"] == 1 and not any(
+            config[k] for k in ("degrees", "light", "erase")):
         raise InputError("--loss pico: compares two views of a face, which need augmentation; set "
                          "--crop-scale, --degrees, --light or --erase")
 
@@ -449,7 +451,11 @@ def confidence_table(run, faces, saved):
 
 
 def trivial_answer(c, faces, candidates):
-    """Logits (K,) of a classifier that ignores the image: each label's frequency in the first C."""
+    """Logits (K,) of a classifier that ignores the image: each label's frequency in the first C.
+
+    In Eq. (2) with that C no constant answer loses less; in CC, in LW and once C has moved, others
+    do.
+    """
     first = initial_confidence(candidates) if c["loss"] == "lw" else \
         make_confidence(c, faces, candidates.cpu())                       # (n, K)
     return first.mean(dim=0).clamp(min=1e-6).log().to(candidates.device)  # (K,)
@@ -568,7 +574,7 @@ def pico(run, model, faces, table, state):
             with autocast(run):
                 _, k = state["key_model"](two)                            # (b, 128)
             guess = logits.float().masked_fill(~candidates[indices], -torch.inf).argmax(dim=1)
-            q_all, k_all = (share_rows(run, indices, x.detach())[1] for x in (q, k))   # (B, 128)
+            q_all, k_all = (share_rows(run, indices, x)[1] for x in (q, k))   # (B, 128)
             everywhere, guess_all = share_rows(run, indices, guess)       # (B,)
             finite = q_all.isfinite().all() and k_all.isfinite().all()   # of all processes alike
             keys = torch.cat([k_all, state["queue"]])                     # (B+M, 128)
@@ -579,12 +585,12 @@ def pico(run, model, faces, table, state):
                 share = epoch / max(c["epochs"] - 1, 1)
                 momentum = PICO["start"] + (PICO["end"] - PICO["start"]) * share
                 confidence[everywhere] = moving_confidence(confidence[everywhere], near, momentum)
-                same = guess[:, None] == torch.cat([guess_all, state["queue_labels"]])
-                positive = positive | same
+                positive |= guess[:, None] == torch.cat([guess_all, state["queue_labels"]])
             if finite:
                 state["prototypes"] = move_prototypes(state["prototypes"], q_all, guess_all)
                 enqueue(state, k_all, guess_all)
-        uniform, target = spread(c, model.head), confidence[indices]      # (b, K)
+        uniform = spread(c, model.head)
+        target = confidence[indices]                                      # (b, K)
         pll, trivial = pll_loss(logits, target), pll_loss(frequency.expand_as(target), target)
         contrast = contrastive_loss(q, keys, positive)
         hits = (logits.argmax(dim=1) == labels[indices]).float().mean()
@@ -603,17 +609,16 @@ def watcher(run, model, faces, held, table):
     the voted label on top, and on the toy the drawn class.
     """
     def end_of_epoch(record):
-        c, confidence, numbers = run.config, table["confidence"].cpu(), {}
-        rows = table["candidates"].cpu().sum(dim=1) > 1                   # (n,)
-        if c["revise"]:
-            rows &= is_revised(confidence)
+        c, numbers = run.config, {}
+        candidates, confidence = table["candidates"].cpu(), table["confidence"].cpu()  # (n, K)
         if c["revise"] or c["loss"] in MOVING:
-            chosen = (confidence * table["candidates"].cpu()).argmax(dim=1)[rows]
+            rows = candidates.sum(dim=1) > 1                              # (n,)
+            rows = rows & is_revised(confidence) if c["revise"] else rows
+            first = (confidence * candidates).argmax(dim=1)               # (n,)
             numbers["revised"] = rows.float().mean().item()
-            if rows.any():
-                numbers["revised_as_voted"] = (chosen == faces.labels[rows]).float().mean().item()
-            if rows.any() and faces.truth is not None:
-                numbers["revised_as_true"] = (chosen == faces.truth[rows]).float().mean().item()
+            for name, right in (("voted", faces.labels), ("true", faces.truth)):
+                if rows.any() and right is not None:
+                    numbers[f"revised_as_{name}"] = (first == right)[rows].float().mean().item()
         if held is not None:
             predicted = predict(run, model, held).argmax(dim=1).cpu()
             numbers["val_accuracy"], numbers["val_mean_class"] = accuracies(

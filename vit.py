@@ -68,7 +68,7 @@ def wave_positions(dim, grid):
     """Where learned positions start: 2-D sine and cosine waves (MAE's fixed ones), (1, 1+N, d).
 
     A quarter of the width each for the sine and cosine of the column and of the row, with
-    wavelengths from 2 pi to 10,000 * 2 pi patches; the class token's position is 0.
+    wavelengths from 2 pi to nearly 10,000 * 2 pi patches; the class token's position is 0.
     """
     if dim % 4:
         raise ValueError(f"a width of {dim} is not a multiple of 4, as positions need")
@@ -87,9 +87,9 @@ def drop_path(x, rate, training):
     """
     if rate == 0.0 or not training:
         return x
-    keep = 1.0 - rate
-    kept = torch.rand(x.shape[0], 1, 1, device=x.device) < keep          # (B, 1, 1)
-    return x * kept.to(x.dtype) / keep
+    chance = 1.0 - rate                                   # of being kept
+    kept = torch.rand(x.shape[0], 1, 1, device=x.device) < chance        # (B, 1, 1)
+    return x * kept / chance
 
 
 class LinearOfGELU(torch.autograd.Function):
@@ -98,17 +98,22 @@ class LinearOfGELU(torch.autograd.Function):
     Kept, as autograd would do, it is a quarter of all that a block keeps.
     """
 
+    generate_vmap_rule = True                             # torch.func: a gradient for each sample
+
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+    def forward(x, weight, bias):
         return F.linear(F.gelu(x), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:2])                # x, weight
 
     @staticmethod
     def backward(ctx, grad):                              # (..., d)
         x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])           # (B*N, d)
-        of_x = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), x)
-        return of_x, rows.T @ F.gelu(x).reshape(-1, x.shape[-1]), rows.sum(dim=0)
+        grad_x = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), x)
+        grad, inputs = grad.flatten(0, -2), F.gelu(x).flatten(0, -2)     # (B*N, d), (B*N, hidden)
+        return grad_x, grad.T @ inputs, grad.sum(dim=0)
 
 
 class MLP(nn.Module):
@@ -121,7 +126,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = self.fc1(x)                                   # (..., d) -> (..., hidden)
-        if torch.compiler.is_compiling():                 # it chooses itself what to keep
+        if torch.compiler.is_compiling():                 # the compiler chooses what to keep
             return self.fc2(F.gelu(x))                    # (..., d)
         return LinearOfGELU.apply(x, self.fc2.weight, self.fc2.bias)
 
@@ -189,8 +194,11 @@ class ViT(nn.Module):
         """Images (B, 3, H, H) -> patch tokens with their positions, (B, N, d) or (B, V, d).
 
         With `keep` (B, V) the other patches are left out before anything is computed from them.
-        An image of another size than the model's is given interpolated positions.
+        Images of another size than the model's are given interpolated positions. Raises ValueError
+        for images that are not square.
         """
+        if images.shape[-2] != images.shape[-1]:
+            raise ValueError(f"images are square, not of {images.shape[-2]} x {images.shape[-1]}")
         patches = patchify(images, self.patch_size)                       # (B, N, 3*P*P)
         grid = images.shape[-1] // self.patch_size
         positions = interpolate_positions(self.positions, grid)[:, 1:]    # (1, N, d)

@@ -12,7 +12,7 @@ from test_pll import random_problem
 
 
 TOLD = dict(
-    accuracy=.11, faces=9, mean_class_accuracy=.22, majority_class_rate=.33,
+    accuracy=.11, faces=9, held_out_accuracy=.10, mean_class_accuracy=.22, majority_class_rate=.33,
     inside_candidate_set=.44, vote_nll=.55, vote_calibration_error=.66,
     accuracy_without_duplicates=.77, duplicates=8, accuracy_on_truth=.88, crowd_on_truth=.99,
     per_class={"a": dict(faces=1, recall=.12, precision=.34),
@@ -23,7 +23,8 @@ def test_each_line_of_the_text_has_its_own_number():
     text = evaluate.as_text(TOLD, "ab", False)
     assert [" ".join(line.split()) for line in text.splitlines() if line] == [
         "accuracy 11.00% of 9 faces", "mean class accuracy 22.00%",
-        "majority class rate 33.00% (the trivial answer)", "inside candidate set 44.00%",
+        "majority class rate 33.00% (the trivial answer)",
+        "held-out faces 10.00% (kept out of training by --val)", "inside candidate set 44.00%",
         "votes: NLL 0.550 ECE 66.00%",
         "without duplicates 77.00% (8 faces also stand in the training set)",
         "accuracy on truth 88.00% (the crowd's label: 99.00%)",

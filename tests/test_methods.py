@@ -66,6 +66,8 @@ def test_each_row_of_the_tables_has_a_folder_of_its_own():
     (["--method", "soft", "--candidates", "lw1"], "--candidates: has no effect unless the loss"),
     (["--method", "mim-hog", "--min-votes", "2"], "--min-votes: has no effect unless the loss is "),
     (["--method", "cc-vit", "--prior", "votes"], "--prior: has no effect unless loss is pll, rc"),
+    (["--candidates", "lw1", "--prior", "votes"], "--prior votes: nobody voted for the labels that "
+     "--candidates lw1 draws; leave one of the two out"),
     (["--candidates", "lw1", "--min-votes", "2"], "--min-votes: these sets are generated, not "),
     (["--labels", "majority"], "--labels: has no effect unless data is ferplus; leave it out"),
     (["--align", "given"], "--align: has no effect unless data is raf; leave it out"),
@@ -303,6 +305,10 @@ def test_runs_that_differ_in_more_than_the_seed_are_rows_that_say_so():
     longer = [result(0.7, seed, "--init", f"runs/pretrain-raf-{epochs}-epochs")
               for seed, epochs in ((0, 100), (1, 600), (1, 100))]
     assert [line.split(" | ")[2] for line in comparison(longer, True)[2:]] == ["2", "1"]
+    own = [result(0.7, seed, "--init", f"runs/{name}") for seed, name in (
+        (0, "hog-seed0"), (1, "hog-seed1"), (0, "mask-0.6"), (1, "mask-0.6"), (6, "mask-0.6"))]
+    assert [line.split(" | ")[:3:2] for line in comparison(own, True)[2:]] == [
+        ["| ours, init runs/hog", "2"], ["| ours, init runs/mask-0.6", "3"]]
     lines = comparison([result(0.8, 0, "--init", "runs/pretrain-raf"),
                         result(0.9, 1, "--init", "runs/pretrain-raf-seed1"),
                         result(0.5, 0, "--init", "none"), result(0.6, 0, "--lr", "1.0"),

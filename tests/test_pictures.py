@@ -92,6 +92,13 @@ def test_hog_draws_a_given_image_and_names_a_broken_one(tmp_path, capsys):
     with Image.open(tmp_path / "new/hog.png") as picture:
         flat = np.asarray(picture.convert("L"))
         assert flat[70:700, 30 + 2 * 702 + 5:30 + 2 * 702 + 660].min() == 255   # no edge, no stroke
+    slope = (np.add.outer(np.arange(224), np.arange(300)) % 60 * 4).astype(np.uint8)
+    turned = Image.Exif()
+    turned[0x0112] = 3                                     # the camera was held upside down
+    Image.fromarray(slope[::-1, ::-1]).save(tmp_path / "turned.png", exif=turned)
+    with Image.open(tmp_path / "turned.png") as image:
+        wide = np.asarray(hog.figure(image))
+    assert np.array_equal(wide, np.asarray(hog.figure(Image.fromarray(slope[:, 38:262]))))
     (tmp_path / "text.png").write_text("hello")
     for flags in (["--image", str(tmp_path / "text.png")], ["--out", str(tmp_path / "x.nothing")]):
         with pytest.raises(SystemExit) as stop:
@@ -221,7 +228,8 @@ def test_a_run_without_weights_is_compared_by_its_kept_result(trained, cache, tm
     evaluate.main(["run", "--markdown"])
     assert capsys.readouterr().out == with_weights
     assert error_of(evaluate, ["run", "--split", "val"], capsys) == (
-        "error: run/last.pt: a published run without weights; give --split test\n")
+        "error: run/last.pt: no weights are there; what was measured is shown by: python "
+        "evaluate.py run --split test\n")
 
 
 @pytest.mark.parametrize("file, content", [("config.json", None), ("log.jsonl", "{"),

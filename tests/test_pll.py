@@ -149,6 +149,10 @@ def test_generated_candidates_follow_the_transition_matrix():
     assert transition(5, "lw1")[4].tolist() == [0.5, 0, 0, 0, 1.0]
     assert transition(5, "lw2")[0].tolist() == pytest.approx([1, 0.3, 0, 0, 0.3])
     assert transition(8, "lw4")[0].tolist() == pytest.approx([1, 0.5, 0.3, 0.1, 0, 0.1, 0.3, 0.5])
+    for classes in range(2, 11):                           # the nearest way round the circle
+        for i, row in enumerate(transition(classes, "lw4").tolist()):
+            away = [min((i - j) % classes, (j - i) % classes) for j in range(classes)]
+            assert row == pytest.approx([{0: 1, 1: 0.5, 2: 0.3, 3: 0.1}.get(d, 0) for d in away])
     labels = torch.arange(40_000) % 8
     sets = generate_candidates(labels, transition(8, "lw4"), seed=0)
     assert sets[torch.arange(40_000), labels].all()

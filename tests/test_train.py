@@ -345,6 +345,7 @@ def test_resuming_with_other_settings_is_refused_with_the_differences(trained, c
     (evaluate, [__file__], "test_train.py: not a readable checkpoint"),
     (evaluate, ["--csv", "x.csv"], "--csv and --landmarks go with them"),
     (evaluate, ["a", "b", "--image", "x.png"], "--image or --folder takes one run"),
+    (evaluate, ["--json", "--markdown"], "--json: one object a run, no table; leave it or --mark"),
     (evaluate, ["--image", "x.png", "--json"], "--split, --json and --markdown do not"),
     (evaluate, ["--folder", ".", "--split", "val"], "--split, --json and --markdown do not")])
 def test_wrong_input_is_one_line_and_status_2(script, flags, message, tmp_path, cache, monkeypatch,

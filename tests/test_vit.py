@@ -80,6 +80,27 @@ def test_the_mlp_that_computes_gelu_again_is_the_plain_one():
         torch.testing.assert_close(ours, plain, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_each_sample_by_torch_func_are_those_of_each_sample_alone():
+    model, images = ViT(**SMALL), torch.randn(3, 3, 32, 32)
+    weights = dict(model.named_parameters())
+
+    def loss(weights, image):
+        return torch.func.functional_call(model, weights, (image[None],)).square().sum()
+
+    together = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, images)
+    for i, image in enumerate(images):
+        alone = torch.autograd.grad(loss(weights, image), list(weights.values()))
+        for name, gradient in zip(weights, alone):
+            torch.testing.assert_close(together[name][i], gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_an_image_that_is_not_square_is_an_error_with_and_without_keep():
+    for keep in (None, torch.zeros(1, 2, dtype=torch.long)):
+        with pytest.raises(ValueError, match="images are square, not of 32 x 48"):
+            ViT(**SMALL)(torch.rand(1, 3, 32, 48), keep)
+
+
 def test_patchify_order_and_round_trip():
     images = torch.arange(2 * 3 * 8 * 8.0).reshape(2, 3, 8, 8)
     patches = patchify(images, 4)
