@@ -56,7 +56,7 @@ RAF = "surprise fear disgust happiness sadness anger neutral".split()
 # release); mean and standard deviation of a channel, pixels in 0 .. 1. Another data set needs an
 # entry here (the keys of counts are its splits, None is unchecked), a layout in TREES and a reader
 # with its branch in `listing`, which leaves out images without a label and names in `sources` each
-# file that it reads.
+# file that its images are made of.
 DATA = {
     "toy": dict(classes=AFFECTNET[:7], side=96, channels=3, mean=IMAGENET_MEAN, std=IMAGENET_STD,
                 counts=dict(train=2000, val=500, test=1000)),
@@ -71,10 +71,10 @@ DATA = {
 }
 TREES = {
     "ferplus": """
-  DIR/ or DIR/data/
+  DIR/ or DIR/data/, each for itself
     fer2013new.csv                   votes, from github.com/microsoft/FERPlus
     FER2013Train/fer0000000.png ...  and FER2013Valid/, FER2013Test/;
-    or, instead of the folders, Kaggle's fer2013.csv""",
+    or, instead of the images, Kaggle's fer2013.csv""",
     "raf": """
   DIR/basic/
     EmoLabel/list_patition_label.txt       rows like: train_00001.jpg 5
@@ -187,10 +187,12 @@ def align(image, points, side):
     """Warp a face so that its five points (5, 2) meet the template (Sec. 4.2): PIL -> PIL.
 
     The result has side x side pixels. A much larger face is first shrunk by a whole factor: bicubic
-    sampling alone would alias.
+    sampling alone would alias. Raises ValueError if the points are all the same.
     """
+    if (points == points[0]).all():
+        raise ValueError("five times the same point")
     matrix = similarity(TEMPLATE * side / 112, points)              # output pixel -> input pixel
-    shrink = max(int(np.sqrt(np.linalg.det(matrix[:, :2]))), 1)
+    shrink = int(min(max(np.sqrt(np.linalg.det(matrix[:, :2])), 1), max(image.size)))
     image, matrix = image.reduce(shrink), matrix / shrink
     return image.transform((side, side), Image.Transform.AFFINE, matrix.flatten(),
                            Image.Resampling.BICUBIC)
@@ -298,38 +300,40 @@ def kaggle_image(text, where):
 
 def list_ferplus(root, split, convention, partial):
     """FERPlus from its folders, or from Kaggle's fer2013.csv; votes from fer2013new.csv."""
-    root = root / "data" if not (root / "fer2013new.csv").exists() else root
-    table, pixels = root / "fer2013new.csv", root / "fer2013.csv"
-    folder = root / {"train": "FER2013Train", "val": "FER2013Valid", "test": "FER2013Test"}[split]
-    if not table.exists():
-        raise layout_error("ferplus", root.parent if root.name == "data" else root,
-                           "there is no fer2013new.csv")
-    if not folder.is_dir() and not pixels.exists():
-        raise layout_error("ferplus", root, f"there is neither {folder.name}/ nor fer2013.csv")
-    usage = {"train": "Training", "val": "PublicTest", "test": "PrivateTest"}[split]
+    subset, usage = {"train": ("FER2013Train", "Training"), "val": ("FER2013Valid", "PublicTest"),
+                     "test": ("FER2013Test", "PrivateTest")}[split]
+    places = root, root / "data"     # the authors' repository has its table in DIR, folders in data
+    find = lambda pattern: next((path for place in places for path in place.glob(pattern)), None)
+    table, pixels, folder = find("fer2013new.csv"), find("fer2013.csv"), find(subset)
+    if not table:
+        raise layout_error("ferplus", root, "there is no fer2013new.csv")
+    if not folder and not pixels:
+        raise layout_error("ferplus", root, f"there is neither {subset}/ nor fer2013.csv")
+    if pixels and not find(f"{subset}/*.png"):   # as cloned, the folders hold no image
+        folder = None
     kinds = DATA["ferplus"]["classes"] + ["unknown", "NF"]
     rows = read_csv(table, ["Usage", "Image name"] + kinds)
     check_count("ferplus", split, sum(r["Usage"] == usage for _, r in rows), partial, table)
-    images = None if folder.is_dir() else kaggle_rows(pixels, table, rows)
-    kept, nameless, repeated = {}, 0, 0          # name -> (votes, row); a later row replaces
+    images = None if folder else kaggle_rows(pixels, table, rows)
+    votes, line_of, nameless, repeated = {}, {}, 0, 0    # of each name; a later row replaces
     for line, row in rows:
         if row["Usage"] != usage:
             continue
         name = row["Image name"]
-        nameless, repeated = nameless + (not name), repeated + (name in kept)
+        nameless, repeated = nameless + (not name), repeated + (name in votes)
         if name:
-            inside(folder, name, f"{table}, row {line}")
-            kept[name] = ([number(row[k], f"{table}, row {line}") for k in kinds], line)
-            if not any(kept[name][0]):
-                raise InputError(f"{table}, row {line}: {name} has no votes; remove the row")
-    votes = {name: v for name, (v, _) in kept.items()}
+            where = f"{table}, row {line}"
+            inside(root, name, where)
+            votes[name], line_of[name] = [number(row[k], where) for k in kinds], line
+            if not any(votes[name]):
+                raise InputError(f"{where}: {name} has no votes; remove the row")
     labels = {name: voted_label(v, 8, convention) for name, v in votes.items()}
     names = [name for name in votes if labels[name] is not None]
 
     def read(i, side):
         if images is None:
             return to_array(read_image(folder / names[i], 1), side)
-        line = kept[names[i]][1]
+        line = line_of[names[i]]
         return to_array(kaggle_image(images[line - 2]["pixels"], f"{pixels}, row {line}"), side)
 
     notes = [f"{len(names)} faces of {len(votes)} images; the {convention} label of "
@@ -407,21 +411,22 @@ def list_affectnet(data, root, split, partial):
     classes = len(DATA[data]["classes"])
     table = root / {"train": "training.csv", "test": "validation.csv"}[split]
     folder = root / {"train": "train_set", "test": "val_set"}[split]
-    rows = []                                    # (image file, label, landmarks or their file)
+    rows = []                                    # (image, label, landmarks' place, their text)
     if table.exists():
         columns = ["subDirectory_filePath", "facial_landmarks", "expression"]
         for line, row in read_csv(table, columns):
             where, name = f"{table}, row {line}", row["subDirectory_filePath"]
             label = number(row["expression"], where, 0, 10)
-            rows.append((inside(root, name, where), label, (where, row["facial_landmarks"])))
+            rows.append((inside(root, name, where), label, where, row["facial_landmarks"] or ""))
     elif (folder / "images").is_dir():
-        for file in sorted((folder / "images").iterdir(), key=lambda f: (len(f.name), f.name)):
+        files = (folder / "images").glob("[!.]*")        # macOS adds hidden ones
+        for file in sorted(files, key=lambda f: (len(f.name), f.name)):
             note = folder / "annotations" / file.stem
             try:
                 label = np.load(f"{note}_exp.npy", allow_pickle=False).item()
             except (OSError, ValueError, EOFError) as error:
                 raise InputError(f"{note}_exp.npy: not a class number ({error})") from None
-            rows.append((file, number(label, f"{note}_exp.npy", 0, 10), f"{note}_lnd.npy"))
+            rows.append((file, number(label, f"{note}_exp.npy", 0, 10), f"{note}_lnd.npy", None))
     else:
         raise layout_error(data, root, f"there is neither {table.name} nor {folder.name}/images/")
     kept = [r for r in rows if r[1] < classes]
@@ -430,17 +435,17 @@ def list_affectnet(data, root, split, partial):
         check_count(data, split, counts[c], partial, f"{root}, class {name}")
 
     def read(i, side):
-        file, _, points = kept[i]
+        file, _, where, text = kept[i]
+        image = read_image(file, 3)
         try:
-            where = points if isinstance(points, str) else points[0]
-            values = (np.load(points, allow_pickle=False) if isinstance(points, str) else
-                      np.array(points[1].replace(";", " ").split(), float))
+            values = np.load(where, allow_pickle=False) if text is None else \
+                np.array(text.replace(";", " ").split())
             landmarks = values.astype(float).reshape(68, 2)
             if not np.isfinite(landmarks).all():
                 raise ValueError("not finite")
-        except (OSError, ValueError, EOFError, AttributeError) as error:
+            return to_array(align(image, five_points(landmarks), side), side)
+        except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{where}: not 68 landmarks ({error})") from None
-        return to_array(align(read_image(file, 3), five_points(landmarks), side), side)
 
     notes = [f"{len(kept)} faces of {len(rows)} images; {len(rows) - len(kept)} are of other "
              "classes (none, uncertain, no face" + (", contempt)" if classes == 7 else ")"),
@@ -657,16 +662,17 @@ def listing(data, data_dir, split, convention="argmax", partial=False, align_by=
 
 
 def code_behind(function, known):
-    """The source of a function and of the functions of its file that it calls, and so on.
+    """The source of a function and of the functions of its folder that it calls, and so on.
 
     known: names of functions that are already told; it grows.
     """
+    folder = lambda f: Path(f.__globals__.get("__file__", "")).parent
     text, codes = inspect.getsource(function), [function.__code__]
     for code in codes:                                   # grows by the functions inside
         codes += [c for c in code.co_consts if inspect.iscode(c)]
         for name in sorted(set(code.co_names) - known):
             other = function.__globals__.get(name)
-            if inspect.isfunction(other) and other.__globals__ is function.__globals__:
+            if inspect.isfunction(other) and folder(other) == folder(function):
                 known.add(name)
                 text += code_behind(other, known)
     return text
@@ -727,7 +733,7 @@ def build_memory_map(path, found, shape):
 
 def load_faces(data, data_dir, split, image_size, convention="argmax", partial=False,
                cache="runs/cache", align_by="points"):
-    """A split as `Faces`. Images are stored at image_size, or at their own size if that is less."""
+    """A split as `Faces`; images are stored at image_size, or at the side in DATA if it is less."""
     found = listing(data, data_dir, split, convention, partial, align_by)
     side = min(image_size, DATA[data]["side"])
     return as_faces(found, data, split, memory_map(found, data, split, side, cache))
@@ -798,9 +804,9 @@ def augment(images, u, size, data, scale=0.5, degrees=0.0, light=0.0, erase=0.0)
     spread = lambda k, a: (2 * u[:, k] - 1) * a                    # uniform in -a .. a, (B,)
     area = scale + (1 - scale) * u[:, 0]
     widest = (-area.log()).clamp(max=math.log(4 / 3))              # a wider one leaves the image
-    shape = torch.exp(spread(1, 1) * widest)
+    shape = torch.exp(spread(1, widest))
     w, h = (area * shape).sqrt(), (area / shape).sqrt()            # shares of the image, (B,)
-    x0, y0 = spread(2, 1) * (1 - w), spread(3, 1) * (1 - h)
+    x0, y0 = spread(2, 1 - w), spread(3, 1 - h)                    # the crop's centre, (B,)
     flip, angle = torch.where(u[:, 4] < 0.5, -1.0, 1.0), spread(5, math.radians(degrees))
     cos, sin = angle.cos(), angle.sin()
     at = (2 * torch.arange(size, device=u.device) + 1) / size - 1  # pixel centres, in -1 .. 1

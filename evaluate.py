@@ -597,10 +597,14 @@ def read_landmarks(path):
     In pixels, in the order left eye, right eye, nose tip, left and right corner of the mouth, as
     seen in the picture.
     """
-    columns = [f"{axis}{i}" for i in range(1, 6) for axis in "xy"]
-    return {row["image"]: np.array([number(row[k], f"{path}, row {line}", -1e6, whole=False)
-                                    for k in columns]).reshape(5, 2)
-            for line, row in read_csv(Path(path), ["image"] + columns)}
+    columns, found = [f"{axis}{i}" for i in range(1, 6) for axis in "xy"], {}
+    for line, row in read_csv(Path(path), ["image"] + columns):
+        where = f"{path}, row {line}"
+        points = np.array([number(row[k], where, -1e6, 1e6, whole=False) for k in columns])
+        found[row["image"]] = points.reshape(5, 2)
+        if (found[row["image"]] == found[row["image"]][0]).all():
+            raise InputError(f"{where}: five times the same point; correct the row")
+    return found
 
 
 def read_face(path, about, side, landmarks):

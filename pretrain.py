@@ -26,6 +26,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -106,26 +107,23 @@ def block_mask(grid, count, rng):
     """
     mask = np.zeros((grid, grid), dtype=bool)
     smallest = 16 / 196 * grid * grid
-    left = count
-    while left > 0:
-        for _ in range(10):
-            area = rng.uniform(smallest, max(left, smallest))
-            aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
-            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if not (0 < height <= grid and 0 < width <= grid):
-                continue
-            top, start = rng.randint(0, grid - height), rng.randint(0, grid - width)
-            block = mask[top:top + height, start:start + width]
-            added = block.size - block.sum()
-            if 0 < added <= left:
-                block[:] = True
-                left -= added
-                break
-        else:
-            free = np.flatnonzero(~mask).tolist()
-            mask.reshape(-1)[rng.sample(free, int(left))] = True
-            left = 0
-    return mask.reshape(-1)
+    left, tries = count, 10
+    while left > 0 and tries > 0:
+        tries -= 1
+        area = rng.uniform(smallest, max(left, smallest))
+        aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if not (0 < height <= grid and 0 < width <= grid):
+            continue
+        top, start = rng.randint(0, grid - height), rng.randint(0, grid - width)
+        block = mask[top:top + height, start:start + width]
+        added = int((~block).sum())
+        if 0 < added <= left:
+            block[:] = True
+            left, tries = left - added, 10
+    mask = mask.reshape(-1)                                              # (N,)
+    mask[rng.sample(np.flatnonzero(~mask).tolist(), left)] = True
+    return mask
 
 
 def draw_masks(kind, rows, grid, count, seed):
@@ -346,14 +344,14 @@ def resolve(args, settings, stage, overrides=None):
 
     limit("seed", 0, 2**32), limit("workers", 0, 1000), limit("accumulate", 1, 100_000)
     settle_flags(config)
-    for name, (paper, _, low, high, _) in settings.items():
+    column = 0 if config["scale"] == "paper" else 1
+    for name, row in settings.items():
         if config[name] is None:
-            column = 0 if config["scale"] == "paper" else 1
-            config[name] = (overrides or {}).get(name, settings[name][column])
+            config[name] = (overrides or {}).get(name, row[column])
             if name.startswith("warmup"):
                 config[name] = round(config[name] * config["epochs"] / settings["epochs"][column])
-        if not isinstance(paper, str):
-            limit(name, low, high)
+        if not isinstance(row[0], str):
+            limit(name, *row[2:4])
         if name.startswith("warmup") and config[name] > config["epochs"]:
             raise InputError(f"{given(name)}: more than the {config['epochs']} epochs")
     compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
@@ -415,6 +413,8 @@ def start(config):
         device = torch.device(config["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda are supported")
+        if device.type == "cuda" and world > 1 and device.index is not None:
+            raise RuntimeError("under torchrun each process takes its own card: say cuda")
         if device.type == "cuda":
             device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
@@ -429,10 +429,11 @@ def start(config):
         # Without a prefix for each life, processes that torchrun starts again find the addresses of
         # dead ones in its store and wait for them (seen with gloo). The others wait for the first
         # process, which may read a large data set for hours.
-        store, _, _ = next(dist.rendezvous("env://"))
+        wait = timedelta(hours=12)       # the store's, too: NCCL asks it for rank 0's address
+        store, _, _ = next(dist.rendezvous("env://", timeout=wait))
         store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world, timeout=timedelta(hours=12))
+                                world_size=world, timeout=wait)
     return Run(config, rank, world, device, config["accumulate"])
 
 
@@ -471,8 +472,8 @@ def load_split(run, split):
     """A split as `Faces`; the first process builds the memory map, the others wait for it."""
     c = run.config
     return first_alone(run, lambda: load_faces(
-        c["data"], c["data_dir"], split, c["image_size"], c["labels"], c["partial"], c["cache"],
-        c["align"]))
+        c["data"], c["data_dir"], split, c["image_size"], convention=c["labels"],
+        partial=c["partial"], cache=c["cache"], align_by=c["align"]))
 
 
 class Stopped(Exception):
@@ -642,7 +643,7 @@ def load_weights(model, weights, where, remedy="the network's code has changed s
     model.load_state_dict(weights)
 
 
-# Settings that may differ when a run is resumed: they do not change what is computed.
+# Settings that may differ when a run is resumed: they do not change what is asked for.
 FREE = ("resume", "workers", "device", "out", "data_dir", "cache", "picture_every")
 
 
@@ -660,6 +661,9 @@ def saved_state(run):
     if not path.exists():
         raise InputError(f"{path}: nothing to resume; leave --resume out to start")
     state = load_checkpoint(path, run.config["stage"])
+    missing = [k for k in ("faces", "step", "sums", "optimizer", "scaler") if k not in state]
+    if missing:
+        raise InputError(f"{path}: has no {', '.join(missing)}; it cannot be resumed")
     old, new = state["config"], run.config
     changed = [f"{k} was {old.get(k)}, is {new.get(k)}" for k in sorted(old.keys() | new.keys())
                if k not in FREE and old.get(k) != new.get(k)]
@@ -707,7 +711,7 @@ def write_config(run):
                                 text=True).stdout.strip()
     except OSError:
         commit = None                                    # git is not installed
-    about = {**run.config, "command": " ".join(sys.argv), "commit": commit or None,
+    about = {**run.config, "command": shlex.join(sys.argv), "commit": commit or None,
              "processes": run.world, "threads": torch.get_num_threads(),
              "device": str(run.device), "python": sys.version.split()[0],
              "torch": torch.__version__, "torchvision": torchvision.__version__}
@@ -750,17 +754,17 @@ def batches(run, faces, epoch, first):
     loaded = iter(run.loader)
     for indices in local:
         with run.timed("data"):
-            images = next(loaded).to(run.device, non_blocking=True)        # uint8 (b, C, S, S)
+            images = next(loaded).to(run.device, non_blocking=True)        # uint8 (., C, S, S)
         yield images, indices                                              # Algorithm 1, line 5
 
 
 def outlive(worker):
-    """A loading process outlives Ctrl-C, and SIGTERM by 15 s: the step until all is saved needs it.
+    """A loading process outlives Ctrl-C, and SIGTERM by 60 s: the step until all is saved needs it.
 
     A terminal and torchrun send them to the whole group of processes.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(15))
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
 
 
 def steps_per_epoch(run, faces):
@@ -854,10 +858,12 @@ def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch
     computation; extra() is more state for the checkpoint; end_of_epoch(record) -> {name: number} is
     logged beside the means of the step's scalars; draw(note), if given, makes a PIL picture for
     the run folder at the start, every `picture_every` epochs and at the end. All that is random is
-    a function of the seed and the step, so a resumed run draws what an uninterrupted one draws.
+    a function of the seed, the step and (dropout, drop path) the process, so a run that is resumed
+    by as many processes draws what an uninterrupted one draws.
     Raises `Stopped` after a signal, when all is saved, or for a loss that is not finite.
     """
     c, steps = run.config, steps_per_epoch(run, faces)
+    total = steps * c["epochs"]
     scaler = torch.amp.GradScaler(run.device.type, enabled=precision(run.device) == torch.float16)
     state = restore(run, saved, model, optimizer, scaler)
 
@@ -878,7 +884,7 @@ def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch
         model, gradient_as_bucket_view=True)             # no second copy of the gradients
     network = torch.compile(network) if c["compile"] else network
     with caught_signals() as signals:
-        while state["step"] < steps * c["epochs"]:           # Algorithm 1, line 2
+        while state["step"] < total:                         # Algorithm 1, line 2
             first, begin = state["step"], time.time()
             stop = train_epoch(run, network, optimizer, scaler, faces, step_loss, state, signals)
             done, within = divmod(state["step"], steps)      # epochs, and steps of the next one
@@ -886,7 +892,7 @@ def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch
                 counted = state["sums"].pop("steps")
                 record = {"epoch": done, **means(run, state["sums"], counted),
                           "lr": optimizer.param_groups[-1]["lr"],
-                          **pace(run, begin, state["step"] - first, steps * c["epochs"] - first)}
+                          **pace(run, begin, state["step"] - first, total - state["step"])}
                 close_epoch(run, state, record, end_of_epoch)
             save()
             if draw and not within and (done == c["epochs"] or done % c["picture_every"] == 0):
@@ -906,7 +912,7 @@ def close_epoch(run, state, record, end_of_epoch):
 
 
 def pace(run, begin, done, left):
-    """Of `done` steps since `begin`: images a second, seconds left, shares of data and targets.
+    """Of `done` steps since `begin`: images a second, seconds for the `left` ones, and shares.
 
     Shares of the time, 0 .. 1, of reading faces and of augmenting them and making targets; the rest
     is the model's. On CUDA the first copy to the device, in `target`, awaits the step before.
@@ -915,7 +921,7 @@ def pace(run, begin, done, left):
     shares = {f"{name}_share": round(run.seconds[name] / seconds, 4) for name in run.seconds}
     run.seconds.update(data=0.0, target=0.0)
     return {"images_per_second": round(done * run.config["batch_size"] / seconds, 1),
-            "seconds_left": round(seconds / done * (left - done)), **shares}
+            "seconds_left": round(seconds / done * left), **shares}
 
 
 def anywhere(run, *flags):
@@ -987,11 +993,11 @@ def main(argv=None):
     model = build_masked_model(c).to(run.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, c["weight_decay"], c["depth"]),
                                   lr=c["lr"], betas=(0.9, 0.95), fused=True)
-    trivial = mean_target(run, faces)                                      # (1, N, T)
     grid = c["image_size"] // c["patch_size"]
     count = masked_count(grid * grid, c["mask_ratio"])
     if count == grid * grid:
         raise InputError(f"--mask-ratio {c['mask_ratio']}: hides all {count} patches; give less")
+    trivial = mean_target(run, faces)                                      # (1, N, T)
     say(run, "\n".join(faces.notes))
     say(run, f"{parameters(model.encoder):,} parameters in the encoder, {parameters(model):,} in "
              f"all; {count} of {grid * grid} patches masked")

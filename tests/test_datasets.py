@@ -175,6 +175,25 @@ def test_raf_reads_a_distribution_as_votes(tmp_path):
 LANDMARKS = np.random.default_rng(0).uniform(20, 80, (68, 2))
 
 
+def test_ferplus_as_cloned_has_its_folders_in_data(tmp_path):
+    """Its folders hold a list, and no image until Kaggle's pixels have been unpacked."""
+    (tmp_path / "plain").mkdir()
+    fake_ferplus(tmp_path / "plain", ROWS)
+    shutil.copytree(tmp_path / "plain", tmp_path / "cloned/data")
+    (tmp_path / "cloned/data/fer2013new.csv").rename(tmp_path / "cloned/fer2013new.csv")
+    read = lambda name: load_faces("ferplus", tmp_path / name, "train", 48, partial=True,
+                                   cache=tmp_path / "cache")
+    plain, cloned = read("plain"), read("cloned")
+    assert cloned.names == plain.names and cloned[[0, 1]].equal(plain[[0, 1]])
+    for image in (tmp_path / "cloned/data/FER2013Train").iterdir():
+        image.unlink()
+    (tmp_path / "cloned/data/FER2013Train/label.csv").write_text("")
+    with open(tmp_path / "cloned/fer2013.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["pixels", "Usage"]] + [
+            [" ".join([str(v)] * 2304), row[0]] for v, row in zip((7, 8, 9, 1, 33, 20), ROWS)])
+    assert read("cloned")[[0, 1]].equal(plain[[0, 1]])
+
+
 def test_affectnet_from_csv_and_from_folders(tmp_path):
     text = ";".join(f"{v:.2f}" for v in LANDMARKS.flatten())
     labels = [3, 7, 9, 0]
@@ -196,6 +215,7 @@ def test_affectnet_from_csv_and_from_folders(tmp_path):
         (other / f"images/{i}.png").write_bytes((tmp_path / f"5/{i}.png").read_bytes())
         np.save(other / f"annotations/{i}_exp.npy", np.array(str(label)))
         np.save(other / f"annotations/{i}_lnd.npy", LANDMARKS.flatten().round(2))
+    (other / "images/.hidden").touch()                                  # as macOS does
     read = lambda: load_faces("affectnet8", tmp_path / "other", "train", 32, cache=tmp_path / "c")
     folders = read()
     assert folders.labels.equal(eight.labels) and folders[[0, 1, 2]].equal(eight[[0, 1, 2]])
@@ -262,6 +282,15 @@ def test_a_large_face_is_shrunk_without_aliasing():
     at = np.asarray(align(Image.fromarray(marked), TEMPLATE * 8, 112), float)
     y, x = np.unravel_index(at.argmax(), at.shape)
     assert abs(x + 0.5 - 38.5) <= 1 and abs(y + 0.5 - 51) <= 1
+
+
+def test_points_that_are_one_are_an_error_and_a_wild_one_is_none():
+    face = Image.new("RGB", (60, 60))
+    with pytest.raises(ValueError, match="five times the same point"):
+        align(face, np.full((5, 2), 7.0), 48)
+    wild = TEMPLATE.copy()
+    wild[0] = 1e13                                         # the face is a speck somewhere
+    assert align(face, wild, 48).size == (48, 48)
 
 
 def test_memory_map_is_kept_until_a_source_or_the_alignment_changes(tmp_path, monkeypatch):

@@ -380,6 +380,11 @@ def test_landmarks_align_a_face(trained, pictures, tmp_path, capsys):
         evaluate.main([str(trained), "--image", str(pictures / "0.png"), "--landmarks",
                        str(tmp_path / "points.csv")])
     assert "not in the file of --landmarks; add a row" in capsys.readouterr().err
+    for points, message in ((np.ones(10), ", row 2: five times the same point; correct the row"),
+                            (np.full(10, 1e9), "is not a number from")):
+        (tmp_path / "wrong.csv").write_text("\n".join([header, row("face.png", points)]))
+        with pytest.raises(InputError, match=message):
+            evaluate.read_landmarks(tmp_path / "wrong.csv")
 
 
 @pytest.mark.parametrize("flags, message", [

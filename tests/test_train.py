@@ -319,6 +319,16 @@ def test_resuming_with_other_settings_is_refused_with_the_differences(trained, c
     assert "Traceback" not in error
 
 
+def test_a_checkpoint_without_what_a_resumed_run_needs_is_refused(pretrained, cache, tmp_path,
+                                                                  capsys):
+    shutil.copytree(pretrained, tmp_path / "run")
+    kept = {k: v for k, v in read_state(pretrained).items() if k not in ("faces", "optimizer")}
+    torch.save(kept, tmp_path / "run/last.pt")
+    flags = [*TINY, *DECODER, "--out", tmp_path / "run", "--cache", cache, "--resume"]
+    assert error_of(pretrain, flags, capsys) == (
+        f"error: {tmp_path / 'run/last.pt'}: has no faces, optimizer; it cannot be resumed\n")
+
+
 @pytest.mark.parametrize("script, flags, message", [
     (train, [], "runs/pretrain-toy/last.pt: no pre-training run; make it with: python pretrain.py"),
     (train, ["--init", "nowhere"], "nowhere/last.pt: no pre-training run; make it with: python "

@@ -9,9 +9,11 @@ import struct
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import evaluate
 import pretrain
@@ -498,9 +500,28 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path
     assert done == ["fsync", "replace"]
 
 
+def test_the_processes_wait_for_the_first_one_for_hours(monkeypatch):
+    """By the store, too, which NCCL asks for an address when it is first used."""
+    waits = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "rendezvous", lambda url, timeout: waits.append(timeout) or iter(
+        [(dist.HashStore(), 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *kind, timeout, **how: waits.append(
+        timeout))
+    pretrain.start({"device": "cpu", "deterministic": False, "accumulate": 1})
+    assert len(waits) == 2 and min(waits) >= timedelta(hours=12)
+
+
+def test_a_card_is_not_named_for_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("cuda:0", "cuda:1"):
+        with pytest.raises(InputError, match=f"{name}: cannot be used .*its own card: say cuda"):
+            pretrain.start({"device": name, "deterministic": False, "accumulate": 1})
+
+
 def test_pace_counts_the_faces_of_all_processes():
     run = pretrain.Run({"batch_size": 250}, 0, 2, CPU, parts=5)
-    told = pretrain.pace(run, time.time() - 10, done=4, left=8)
+    told = pretrain.pace(run, time.time() - 10, done=4, left=4)
     assert told["images_per_second"] == pytest.approx(100, rel=0.01) and told["seconds_left"] == 10
 
 
