@@ -1,4 +1,5 @@
 """What a command line asks for is what happens: each setting reaches the place where it acts."""
+import inspect
 import shutil
 
 import pytest
@@ -118,13 +119,16 @@ def test_pre_training_writes_where_training_reads(flags, method, out, cache, mon
 
 
 def test_a_split_is_loaded_as_the_flags_say(monkeypatch):
-    monkeypatch.setattr(pretrain, "load_faces", lambda *args: args)
+    whole = inspect.signature(pretrain.load_faces)
+    monkeypatch.setattr(pretrain, "load_faces", lambda *args, **named: whole.bind(
+        *args, **named).arguments)
     read = lambda flags: pretrain.load_split(Run(train.parse(flags.split()), 0, 1, CPU), "test")
     flags = "--data-dir D --partial --cache C"
-    assert read(f"{flags} --data raf --align given") == ("raf", "D", "test", 224, "argmax", True,
-                                                         "C", "given")
-    assert read(f"{flags} --data ferplus --labels majority") == ("ferplus", "D", "test", 224,
-                                                                 "majority", True, "C", "points")
+    same = dict(data_dir="D", split="test", image_size=224, partial=True, cache="C")
+    assert read(f"{flags} --data raf --align given") == dict(
+        same, data="raf", convention="argmax", align_by="given")
+    assert read(f"{flags} --data ferplus --labels majority") == dict(
+        same, data="ferplus", convention="majority", align_by="points")
 
 
 def test_sets_that_have_no_votes_are_those_of_lw1():
