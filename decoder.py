@@ -210,7 +210,8 @@ def cost_table(faces, utilisation=0.35):
              + " | ".join(f"hours on {card}" for card in CARDS) + " |",
              "|---" * (5 + len(CARDS)) + "|"]
     costs = stage_costs()
-    for stage, cards in [("pre-training", 4), ("training", 2), ("training", 4)]:
+    rows = [(stage, cards) for stage, (_, _, cards) in PAPER.items()] + [("training", 4)]
+    for stage, cards in rows:
         cost, (epochs, batch, _) = costs[stage], PAPER[stage]
         work = 3 * cost.operations * faces * epochs
         memory = (16 * cost.parameters + 2 * cost.kept * batch / cards) / 1e9

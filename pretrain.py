@@ -413,9 +413,9 @@ def start(config):
         device = torch.device(config["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("only cpu and cuda are supported")
-        if device.type == "cuda" and world > 1 and device.index is not None:
-            raise RuntimeError("under torchrun each process takes its own card: say cuda")
         if device.type == "cuda":
+            if world > 1 and device.index is not None:
+                raise RuntimeError("under torchrun each process takes its own card: say cuda")
             device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)

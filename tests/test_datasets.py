@@ -43,6 +43,13 @@ def fake_ferplus(root, rows):
     return root
 
 
+def fake_kaggle(root):
+    """Kaggle's fer2013.csv to ROWS, whose images are as bright as fake_ferplus's."""
+    with open(root / "fer2013.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["emotion", "pixels", "Usage"]] + [
+            [0, " ".join([str(v)] * 2304), row[0]] for v, row in zip((7, 8, 9, 1, 33, 20), ROWS)])
+
+
 ROWS = [("Training", "fer0000007.png", [6, 3, 0, 0, 0, 0, 0, 0, 1, 0]),
         ("Training", "", [0, 0, 0, 0, 0, 0, 0, 0, 0, 10]),
         ("Training", "fer0000009.png", [0, 0, 0, 0, 0, 0, 0, 0, 6, 4]),
@@ -68,9 +75,7 @@ def test_ferplus_from_kaggles_csv_is_joined_by_row(tmp_path):
     fake_ferplus(tmp_path, ROWS)
     plain = load_faces("ferplus", tmp_path, "train", 48, partial=True, cache=tmp_path / "cache")
     shutil.rmtree(tmp_path / "FER2013Train")
-    with open(tmp_path / "fer2013.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["emotion", "pixels", "Usage"]] + [
-            [0, " ".join([str(v)] * 2304), row[0]] for v, row in zip((7, 8, 9, 1, 33, 20), ROWS)])
+    fake_kaggle(tmp_path)
     kaggle = load_faces("ferplus", tmp_path, "train", 48, partial=True, cache=tmp_path / "cache")
     assert kaggle[[0, 1]].equal(plain[[0, 1]]) and kaggle.labels.equal(plain.labels)
     assert kaggle.names == plain.names and kaggle.notes == plain.notes
@@ -188,9 +193,7 @@ def test_ferplus_as_cloned_has_its_folders_in_data(tmp_path):
     for image in (tmp_path / "cloned/data/FER2013Train").iterdir():
         image.unlink()
     (tmp_path / "cloned/data/FER2013Train/label.csv").write_text("")
-    with open(tmp_path / "cloned/fer2013.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["pixels", "Usage"]] + [
-            [" ".join([str(v)] * 2304), row[0]] for v, row in zip((7, 8, 9, 1, 33, 20), ROWS)])
+    fake_kaggle(tmp_path / "cloned")
     assert read("cloned")[[0, 1]].equal(plain[[0, 1]])
 
 
