@@ -203,7 +203,7 @@ def cost_table(faces, utilisation=0.35):
     Computed, not measured: forward and backward are three times forward, a card reaches
     `utilisation` of its stated rate. Memory a card: 16 bytes a parameter (weight, gradient, AdamW's
     two) and 2 bytes (16-bit autocast) for each number that is kept of its share of the batch; it
-    is really about a seventh more: autocast keeps LayerNorm's inputs in fp32, and 16-bit weights.
+    is really more: autocast keeps LayerNorm's inputs in fp32, and 16-bit copies of the weights.
     The paper trains on two cards; that stage is also shown on four.
     """
     lines = ["| stage | parameters | GFLOP an image | cards | GB a card | "
