@@ -647,12 +647,13 @@ def load_weights(model, weights, where, remedy="the network's code has changed s
 FREE = ("resume", "workers", "device", "out", "data_dir", "cache", "picture_every")
 
 
-def saved_state(run):
+def saved_state(run, kept=()):
     """The run folder's checkpoint with --resume, else None; InputError if it is of other settings.
 
-    Read once, before anything is taken from it. A run that torchrun starts again resumes by itself
-    (--max-restarts): the checkpoint is then its own, as each run saves before its first step; if it
-    died before that, it may be an earlier run's of the same settings.
+    kept: what the stage has in it beside what `fit` saves. Read once, before anything is taken from
+    it. A run that torchrun starts again resumes by itself (--max-restarts): the checkpoint is then
+    its own, as each run saves before its first step; if it died before that, it may be an earlier
+    run's of the same settings.
     """
     path = run.out / "last.pt"
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
@@ -661,7 +662,7 @@ def saved_state(run):
     if not path.exists():
         raise InputError(f"{path}: nothing to resume; leave --resume out to start")
     state = load_checkpoint(path, run.config["stage"])
-    missing = [k for k in ("faces", "step", "sums", "optimizer", "scaler") if k not in state]
+    missing = [k for k in ("faces", "step", "sums", "optimizer", "scaler", *kept) if k not in state]
     if missing:
         raise InputError(f"{path}: has no {', '.join(missing)}; it cannot be resumed")
     old, new = state["config"], run.config

@@ -632,7 +632,7 @@ def main(argv=None):
     """Train from the command line."""
     c = parse(argv)
     run = start(c)
-    saved = saved_state(run)
+    saved = saved_state(run, kept=("candidates", "confidence", "pico"))
     torch.manual_seed(c["seed"])
     model = build_model(c)
     note = "encoder: resumed" if saved else first_alone(

@@ -319,14 +319,19 @@ def test_resuming_with_other_settings_is_refused_with_the_differences(trained, c
     assert "Traceback" not in error
 
 
-def test_a_checkpoint_without_what_a_resumed_run_needs_is_refused(pretrained, cache, tmp_path,
-                                                                  capsys):
-    shutil.copytree(pretrained, tmp_path / "run")
-    kept = {k: v for k, v in read_state(pretrained).items() if k not in ("faces", "optimizer")}
-    torch.save(kept, tmp_path / "run/last.pt")
-    flags = [*TINY, *DECODER, "--out", tmp_path / "run", "--cache", cache, "--resume"]
-    assert error_of(pretrain, flags, capsys) == (
-        f"error: {tmp_path / 'run/last.pt'}: has no faces, optimizer; it cannot be resumed\n")
+def test_a_checkpoint_without_what_a_resumed_run_needs_is_refused(pretrained, trained, cache,
+                                                                  tmp_path, capsys):
+    flags = [*TINY, "--out", tmp_path / "run", "--cache", cache, "--resume"]
+    for script, folder, more, lost in (
+            (pretrain, pretrained, DECODER, ("faces", "optimizer")),
+            (train, trained, ["--init", pretrained, "--warmup-revision", 1, "--threshold", 0.02],
+             ("scaler", "confidence"))):
+        shutil.copytree(folder, tmp_path / "run")
+        kept = {k: v for k, v in read_state(folder).items() if k not in lost}
+        torch.save(kept, tmp_path / "run/last.pt")
+        assert error_of(script, [*flags, *more], capsys) == (
+            f"error: {tmp_path / 'run/last.pt'}: has no {', '.join(lost)}; it cannot be resumed\n")
+        shutil.rmtree(tmp_path / "run")
 
 
 @pytest.mark.parametrize("script, flags, message", [
