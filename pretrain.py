@@ -32,6 +32,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -425,6 +426,11 @@ def start(config):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {config['device']}: cannot be used ({reason})") from None
+    machines, restarts = (int(os.environ.get(name, default)) for name, default in
+                          (("GROUP_WORLD_SIZE", 1), ("TORCHELASTIC_MAX_RESTARTS", 0)))
+    if machines > 1 and restarts > 0:
+        raise InputError("--max-restarts: torchrun counts them on each machine alone, so the "
+                         "processes would not agree; leave it out and go on with --resume")
     if world > 1 and not dist.is_initialized():
         # Without a prefix for each life, processes that torchrun starts again find the addresses of
         # dead ones in its store and wait for them (seen with gloo). The others wait for the first
@@ -506,28 +512,35 @@ def command_line(main):
 
     `Stopped` is one line too, with its own status; Ctrl-C is 130 as in a shell.
     """
+    status, message = 0, None
     try:
         main()
         sys.stdout.flush()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        status, message = 2, f"error: {error}"
     except Stopped as error:
-        print(f"stopped: {error}", file=sys.stderr)
-        sys.exit(error.status)
+        status, message = error.status, f"stopped: {error}"
     except KeyboardInterrupt:
-        print("interrupted at once; what was saved before is whole", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        status, message = 128 + signal.SIGINT, ("interrupted at once; what was saved before is "
+                                                "whole")
     except torch.cuda.OutOfMemoryError:
-        print("stopped: the card's memory is full; try --accumulate 4, more processes or a smaller "
-              "--batch-size", file=sys.stderr)
-        sys.exit(1)
+        status, message = 1, ("stopped: the card's memory is full; try --accumulate 4, more "
+                              "processes or a smaller --batch-size")
     except BrokenPipeError:                              # as in `... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        status = 128 + signal.SIGPIPE
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        status, message = 1, traceback.format_exc()
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        if status:           # the others may be waiting for this process; NCCL would wait for them
+            os._exit(status)                             # torchrun ends them
+        dist.destroy_process_group()
+    if status:
+        sys.exit(status)
 
 
 # -------------------------------------------------------------- what both stages need: optimisation
@@ -1005,10 +1018,11 @@ def main(argv=None):
 
     def step_loss(network, images, indices, step):
         with run.timed("target"):
+            seed = c["seed"] * 1_000_003 + step          # drawn while the card is busy
+            mask = draw_masks(c["mask"], run.rows, grid, count, seed)              # (b, N)
             images = augment(images, uniforms(run, step), c["image_size"], c["data"],
                              c["crop_scale"])
-            seed = c["seed"] * 1_000_003 + step
-            mask = draw_masks(c["mask"], run.rows, grid, count, seed).to(run.device)   # (b, N)
+            mask = mask.to(run.device)
             target = make_targets(images, c["target"], c["patch_size"])            # (b, N, T)
         with autocast(run):
             prediction = network(images, mask)                                     # (b, N, T)

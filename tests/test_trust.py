@@ -512,6 +512,41 @@ def test_the_processes_wait_for_the_first_one_for_hours(monkeypatch):
     assert len(waits) == 2 and min(waits) >= timedelta(hours=12)
 
 
+@pytest.mark.parametrize("error, status, said", [
+    (InputError("a wrong flag"), 2, "error: a wrong flag\n"),
+    (pretrain.Stopped("by a signal", 143), 143, "stopped: by a signal\n"),
+    (torch.cuda.OutOfMemoryError("full"), 1, "stopped: the card's memory is full; try"),
+    (RuntimeError("one process alone"), 1, "Traceback (most recent call last):\n"),
+    (None, 0, "")])
+def test_a_process_that_fails_does_not_wait_for_the_others(error, status, said, monkeypatch,
+                                                           capfd):
+    """They may wait for it; NCCL would let it wait for them when the group is destroyed."""
+    done = []
+
+    def main():
+        if error:
+            raise error
+
+    def leave(status):
+        raise SystemExit(f"at once, {status}")
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroyed"))
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit, match=f"at once, {status}") if error else (
+            contextlib.nullcontext()):
+        pretrain.command_line(main)
+    assert done == ([] if error else ["destroyed"])
+    assert capfd.readouterr().err.startswith(said)
+
+
+def test_restarts_on_several_machines_are_refused(monkeypatch):
+    """Each machine's torchrun counts its own: they would resume from different states."""
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(InputError, match="--max-restarts: .* go on with --resume"):
+        pretrain.start({"device": "cpu", "deterministic": False, "accumulate": 1})
+
+
 def test_a_card_is_not_named_for_several_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("cuda:0", "cuda:1"):
