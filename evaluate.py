@@ -355,11 +355,24 @@ def departures(config):
                     if k in mine and mine[k] != alone.get(k)]
 
 
+def named_above(rows):
+    """Of the settings that each row departs in: those of all rows, and those of most rows.
+
+    The latter only if each other row has another value for it, which it then names: two lists.
+    """
+    settings = dict.fromkeys(s for row in rows for s in row)
+    name = lambda setting: setting.split(" ")[0]
+    every = [s for s in settings if all(s in row for row in rows)]
+    most = [s for s in settings if s not in every and sum(s in row for row in rows) > len(rows) / 2
+            and all(name(s) in map(name, row) for row in rows)]
+    return every, most
+
+
 def comparison(results, markdown, columns=COLUMNS, title=""):
     """Lines of a table: a row for each group of runs that differ in the seed alone.
 
     results: list of (result, config). Numbers are mean and, for several seeds, standard deviation.
-    What all rows depart in stands once, in a line above the table, after the title.
+    What all or most rows depart in stands once, in a line above the table, after the title.
     Paths of --init may differ in the run's seed (a pre-training run for each), in nothing else.
     The paper's figure stands beside the paper's row alone, one that departs in nothing. Runs that
     have none of the columns are left out; no line if that leaves none.
@@ -378,7 +391,7 @@ def comparison(results, markdown, columns=COLUMNS, title=""):
     columns = {k: v for k, v in columns.items() if any(k in result for result, _ in results)}
     groups = dict(sorted(groups.items(), key=lambda item: list(METHODS).index(item[0][1])))
     others = [list(key[2:]) for key in groups]           # what each row departs in
-    shared = [s for s in others[0] if len(groups) > 1 and all(s in other for other in others)]
+    every, most = named_above(others) if len(groups) > 1 else ([], [])
     rows = [["method", "data", "seeds", *columns.values(), "accuracy in the paper"]]
     for group, other in zip(groups.values(), others):
         config, cells = group[0][1], []
@@ -389,12 +402,13 @@ def comparison(results, markdown, columns=COLUMNS, title=""):
             cells.append(f"{values.mean():.{digits}f}{spread}" if len(values) else "-")
         known = first and not other and group[0][0]["split"] == "test"
         paper = PAPER.get(config["method"], {}).get(config["data"]) if known else None
-        name = ", ".join([config["method"]] + [s for s in other if s not in shared])
+        name = ", ".join([config["method"]] + [s for s in other if s not in every + most])
         rows.append([name, f"{config['data']} {group[0][0]['split']}",
                      str(len(group)), *cells, "-" if paper is None else f"{paper:.2f}"])
     if {row[-1] for row in rows[1:]} == {"-"}:
         rows = [row[:-1] for row in rows]                # the paper has none of these
-    above = [title] * bool(title) + ["every row: " + ", ".join(shared)] * bool(shared)
+    above = [title] * bool(title) + [f"{words}: {', '.join(settings)}" for words, settings in (
+        ("every row", every), ("where no other is named", most)) if settings]
     lines = ["; ".join(above), ""] if above else []
     if markdown:
         rows.insert(1, ["---"] * len(rows[0]))

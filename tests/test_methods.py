@@ -367,6 +367,18 @@ def test_what_all_rows_depart_in_stands_once_above_them():
     assert comparison([result(0.8, 0), runs[2]], False, title="runs")[:2] == ["runs", ""]
 
 
+def test_what_most_rows_depart_in_stands_above_them_if_the_others_name_their_own():
+    init = lambda method, *path: result(0.8, 0, "--method", method, *path)
+    most = [init("ours", "--init", "runs/a"), init("decoder", "--init", "runs/a")]
+    lines = comparison([*most, init("mim-pixel", "--init", "runs/b")], True)
+    assert lines[:2] == ["where no other is named: init runs/a", ""]
+    assert [line.split(" | ")[0] for line in lines[4:]] == ["| ours", "| mim-pixel, init runs/b",
+                                                            "| decoder"]
+    for runs in ([*most, init("mim-pixel")], [most[0], init("mim-pixel", "--init", "runs/b")]):
+        lines = comparison(runs, True)               # one names none; one of two is not most
+        assert lines[0].startswith("| method") and lines[2].startswith("| ours, init runs/a |")
+
+
 def test_the_papers_figures_are_the_papers():
     for method in evaluate.PAPER:
         assert method in train.METHODS
