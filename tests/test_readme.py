@@ -150,7 +150,7 @@ def test_every_switch_of_the_readme_exists(monkeypatch):
             importlib.import_module(file).main([])
     known = {flag for parser in parsers for flag in parser._option_string_actions}
     others = {"--nproc_per_node", "--max-restarts", "--exercises", "--only", "--repeats", "--quick",
-              "--standalone"}        # of torchrun, of pytest here and of tests/benchmark.py
+              "--standalone", "--ipc"}   # of torchrun, Docker, pytest here and tests/benchmark.py
     for switch in re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT + "".join(MORE.values())):
         assert switch in known | others, switch
 
