@@ -106,6 +106,7 @@ def test_a_step_of_pre_training_on_a_card(flags, card, tmp_path, cache, monkeypa
     monkeypatch.setattr(FakeTensor, "__int__", lambda count: 10, raising=False)      # of `visible`
     pretrain.main([*TINY, *flags, "--out", str(tmp_path), "--cache", str(cache)])
     run, model, _, _, step_loss, _ = given
+    assert {p.device for p in model.parameters()} == {CARD}
     checked_step(run, model, step_loss, card)
 
 
