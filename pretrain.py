@@ -426,9 +426,8 @@ def start(config):
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {config['device']}: cannot be used ({reason})") from None
-    machines, restarts = (int(os.environ.get(name, default)) for name, default in
-                          (("GROUP_WORLD_SIZE", 1), ("TORCHELASTIC_MAX_RESTARTS", 0)))
-    if machines > 1 and restarts > 0:
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    if machines > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         raise InputError("--max-restarts: torchrun counts them on each machine alone, so the "
                          "processes would not agree; leave it out and go on with --resume")
     if world > 1 and not dist.is_initialized():
@@ -537,6 +536,7 @@ def command_line(main):
         print(message, file=sys.stderr, flush=True)
     if dist.is_initialized():
         if status:           # the others may be waiting for this process; NCCL would wait for them
+            sys.stdout.flush()                           # which leaving in this way does not do
             os._exit(status)                             # torchrun ends them
         dist.destroy_process_group()
     if status:
@@ -1018,7 +1018,8 @@ def main(argv=None):
 
     def step_loss(network, images, indices, step):
         with run.timed("target"):
-            seed = c["seed"] * 1_000_003 + step          # drawn while the card is busy
+            # The mask comes first: it is drawn while the card is busy with the step before.
+            seed = c["seed"] * 1_000_003 + step
             mask = draw_masks(c["mask"], run.rows, grid, count, seed)              # (b, N)
             images = augment(images, uniforms(run, step), c["image_size"], c["data"],
                              c["crop_scale"])

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import pretrain
 import train
-from conftest import DECODER, TINY, flags_for
+from conftest import DECODER, flags_for, given_to_fit
 
 CARD = torch.device("cuda", 0)
 
@@ -96,16 +96,11 @@ def test_a_step_of_each_method_on_a_card(method, card, tmp_path, cache, monkeypa
 @pytest.mark.parametrize("flags", [DECODER, [*DECODER, "--target", "pixel"],
                                    ["--encoder", "maskfeat"]], ids=["hog", "pixel", "maskfeat"])
 def test_a_step_of_pre_training_on_a_card(flags, card, tmp_path, cache, monkeypatch):
-    """`main` itself, up to what it gives to `fit`."""
-    given = []
     monkeypatch.setattr(pretrain, "start", lambda config: pretrain.Run(config, 0, 1, CARD))
     monkeypatch.setattr(pretrain, "load_split", lambda run, split: Blank())
-    monkeypatch.setattr(pretrain, "same_faces", lambda run, saved, faces: None)
-    monkeypatch.setattr(pretrain, "fit", lambda *args, **others: given.extend(args))
     monkeypatch.setattr(nn.Module, "to", onto_the_card)
     monkeypatch.setattr(FakeTensor, "__int__", lambda count: 10, raising=False)      # of `visible`
-    pretrain.main([*TINY, *flags, "--out", str(tmp_path), "--cache", str(cache)])
-    run, model, _, _, step_loss, _ = given
+    run, model, _, _, step_loss, _ = given_to_fit(pretrain, flags, tmp_path, cache, monkeypatch)
     assert {p.device for p in model.parameters()} == {CARD}
     checked_step(run, model, step_loss, card)
 

@@ -539,6 +539,20 @@ def test_a_process_that_fails_does_not_wait_for_the_others(error, status, said, 
     assert capfd.readouterr().err.startswith(said)
 
 
+def test_what_a_failing_process_printed_before_is_not_lost():
+    """A pipe is written to when its buffer is full or flushed, and leaving at once does not."""
+    done = subprocess.run([sys.executable, "-c", (
+        "import pretrain, torch.distributed as dist\n"
+        "def main():\n"
+        "    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "    print('so far')\n"
+        "    raise pretrain.InputError('a wrong flag')\n"
+        "pretrain.command_line(main)")], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONUNBUFFERED": ""})                  # buffered, as by default
+    assert (done.returncode, done.stdout) == (2, "so far\n")
+    assert done.stderr.endswith("error: a wrong flag\n")
+
+
 def test_restarts_on_several_machines_are_refused(monkeypatch):
     """Each machine's torchrun counts its own: they would resume from different states."""
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
