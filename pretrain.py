@@ -381,6 +381,7 @@ class Run:
     parts: int = 1                           # --accumulate: parts of a process's share of a batch
     part: int = 0
     loader: DataLoader = None                # kept from epoch to epoch with its worker processes
+    waiting: dist.ProcessGroup = None        # in which the others wait for the first process
     seconds: dict = field(default_factory=lambda: {"data": 0.0, "target": 0.0})
 
     @property
@@ -432,14 +433,15 @@ def start(config):
                          "processes would not agree; leave it out and go on with --resume")
     if world > 1 and not dist.is_initialized():
         # Without a prefix for each life, processes that torchrun starts again find the addresses of
-        # dead ones in its store and wait for them (seen with gloo). The others wait for the first
-        # process, which may read a large data set for hours.
-        wait = timedelta(hours=12)       # the store's, too: NCCL asks it for rank 0's address
-        store, _, _ = next(dist.rendezvous("env://", timeout=wait))
+        # dead ones in its store and wait for them (seen with gloo).
+        store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world, timeout=wait)
-    return Run(config, rank, world, device, config["accumulate"])
+                                world_size=world)
+    # The first process may read a large data set for hours. In all else a process that hangs ends
+    # the run when torch loses patience (10 minutes with NCCL, 30 with gloo).
+    waiting = dist.new_group(backend="gloo", timeout=timedelta(hours=12)) if world > 1 else None
+    return Run(config, rank, world, device, config["accumulate"], waiting=waiting)
 
 
 def parameters(model):
@@ -467,7 +469,7 @@ def first_alone(run, work, others=True):
         except InputError as error:
             problem = [str(error)]
     if run.world > 1:
-        dist.broadcast_object_list(problem)
+        dist.broadcast_object_list(problem, group=run.waiting)
     if problem[0]:
         raise InputError(problem[0])
     return work() if run.rank > 0 and others else result

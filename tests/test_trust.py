@@ -1,5 +1,6 @@
 """Runs that are interrupted, killed, restarted or given wrong numbers; nothing is lost."""
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -500,16 +501,25 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path
     assert done == ["fsync", "replace"]
 
 
-def test_the_processes_wait_for_the_first_one_for_hours(monkeypatch):
-    """By the store, too, which NCCL asks for an address when it is first used."""
-    waits = []
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(dist, "rendezvous", lambda url, timeout: waits.append(timeout) or iter(
-        [(dist.HashStore(), 0, 2)]))
-    monkeypatch.setattr(dist, "init_process_group", lambda *kind, timeout, **how: waits.append(
-        timeout))
-    pretrain.start({"device": "cpu", "deterministic": False, "accumulate": 1})
-    assert len(waits) == 2 and min(waits) >= timedelta(hours=12)
+def hang(kind):
+    """The first of two processes is busy for longer than torch waits, or never comes."""
+    begin, join = time.time(), dist.init_process_group
+    dist.init_process_group = functools.partial(join, timeout=timedelta(seconds=2))
+    run = pretrain.start({"device": "cpu", "deterministic": False, "accumulate": 1})
+    if kind == "reads":
+        assert pretrain.first_alone(run, lambda: time.sleep(5 * (1 - run.rank))) is None
+        assert pretrain.anywhere(run, run.rank == 1) == [True]
+    elif run.rank == 1:
+        with pytest.raises(RuntimeError, match="[Tt]imed out"):
+            pretrain.anywhere(run, True)
+        assert time.time() - begin < 60
+    else:
+        time.sleep(10)                       # alive, but not there
+
+
+@pytest.mark.parametrize("kind", ["reads", "hangs"])
+def test_the_others_wait_for_the_first_ones_reading_not_for_one_that_hangs(kind):
+    two_processes(hang, kind)
 
 
 @pytest.mark.parametrize("error, status, said", [
