@@ -85,6 +85,26 @@ def test_a_logit_reads_its_own_output_only():
     assert changed.nonzero().flatten().tolist() == [2]
 
 
+@torch.no_grad()
+def test_a_logit_is_the_product_with_its_own_weights_and_bias():
+    decoder, tokens = make_decoder(), torch.randn(2, 9, 24)
+    x = torch.zeros(2, 7, 24)
+    for layer in decoder.layers:
+        x = layer(x, decoder.queries, tokens)
+    decoder.bias.data = torch.randn(7)
+    for face in range(2):
+        for k, logit in enumerate(decoder(tokens)[face].tolist()):
+            products = [float(a * b) for a, b in zip(x[face, k], decoder.weight[k])]
+            assert logit == pytest.approx(sum(products) + float(decoder.bias[k]), abs=1e-5)
+
+
+def test_the_first_logits_are_small_and_the_first_queries_unit_normal():
+    torch.manual_seed(0)
+    decoder = LabelDecoder(64, 50, 4)
+    assert decoder.weight.std().item() == pytest.approx(0.02, rel=0.03) and not decoder.bias.any()
+    assert decoder.queries.std().item() == pytest.approx(1, rel=0.03)
+
+
 def test_attention_maps_are_those_that_were_used():
     decoder, tokens = make_decoder(), torch.randn(3, 9, 24)
     logits, maps = decoder(tokens, need_attention=True)
