@@ -23,6 +23,14 @@ COLUMNS = {"toy": "toy", "ferplus-4-epochs": "FERPlus, 4 epochs",
 # `baseline` at about the cost of pre-training and training together; on the toy of training alone.
 LONG_BASELINE = {"toy": "toy/baseline", "ferplus-4-epochs": "ferplus-other-lengths/baseline",
                  "ferplus-15-epochs": "ferplus-other-lengths/baseline-42-epochs"}
+
+
+def resnet(method):
+    """Where a method on ResNet-18 is kept, whose 15 epochs are without layer decay."""
+    return {"toy": f"toy/{method}", "ferplus-4-epochs": f"ferplus-4-epochs/{method}",
+            "ferplus-15-epochs": f"ferplus-other-lengths/{method}-15-epochs"}
+
+
 # (what, over what, kept run, another): a row; "" as above. The first name is looked for in each
 # column's folder, the second, too, or where a dict has it: {column: folder and name}, other columns
 # stay empty. Sets have equal C, Y / |Y|, if nothing is said; voted C is the vote shares.
@@ -42,10 +50,10 @@ THE_PAPERS = [                                           # comparisons of which 
     ("`ours`, the whole method", "`mim-hog-pll`: sets, linear head", "ours", "mim-hog-pll"),
     ("", "`mim-hog`: one-hot labels, linear head", "ours", "mim-hog"),
     ("", "`baseline`: the same from random weights", "ours", LONG_BASELINE),
-    ("", "RC on ResNet-18", "ours", "rc"),
-    ("", "PiCO on ResNet-18", "ours", "pico"),
-    ("", "LW on ResNet-18", "ours", "lw"),
-    ("", "sets on ResNet-18", "ours", "resnet18-pll"),
+    ("", "RC on ResNet-18", "ours", resnet("rc")),
+    ("", "PiCO on ResNet-18", "ours", resnet("pico")),
+    ("", "LW on ResNet-18", "ours", resnet("lw")),
+    ("", "sets on ResNet-18", "ours", resnet("resnet18-pll")),
 ]
 FURTHER = [
     ("sets, voted C", "equal C; linear head", "soft", "mim-hog-pll"),
@@ -63,8 +71,8 @@ FURTHER = [
     ("", "PiCO on the ViT", "ours", "pico-vit"),
     ("", "CC on the ViT", "ours", "cc-vit"),
     ("", "LW on the ViT", "ours", "lw-vit"),
-    ("", "CC on ResNet-18", "ours", "cc"),
-    ("", "one-hot labels on ResNet-18", "ours", "baseline-resnet18"),
+    ("", "CC on ResNet-18", "ours", resnet("cc")),
+    ("", "one-hot labels on ResNet-18", "ours", resnet("baseline-resnet18")),
     ("`mim-hog-pll`", "RC on the ViT", "mim-hog-pll", "rc-vit"),
     ("", "PiCO on the ViT", "mim-hog-pll", "pico-vit"),
     ("", "CC on the ViT", "mim-hog-pll", "cc-vit"),
@@ -108,7 +116,8 @@ def cell(one, other):
 
 def in_the_paper(one, other):
     """The difference of the paper's figures: FERPlus's (Tables 1, 2), else RAF-DB's (3, 4)."""
-    ours, theirs = PAPER[one], PAPER["baseline" if other == LONG_BASELINE else other]
+    name = other["toy"].removeprefix("toy/") if isinstance(other, dict) else other
+    ours, theirs = PAPER[one], PAPER[name]
     data = next(d for d in ("ferplus", "raf") if d in ours and d in theirs)
     return f"{ours[data] - theirs[data]:+.2f}"
 
