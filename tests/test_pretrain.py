@@ -51,8 +51,8 @@ def test_random_masking_is_uniform_and_block_masking_comes_in_blocks():
     def neighbours(mask):                        # how often the patch to the right is masked too
         m = mask.reshape(14, 14)
         return (m[:, :-1] & m[:, 1:]).sum() / m[:, :-1].sum()
-    blocks = [neighbours(block_mask(14, 79, random.Random(i))) for i in range(50)]
-    scattered = [neighbours(m.numpy()) for m in random_mask(50, 14, 79, seed=0)]
+    blocks, scattered = ([neighbours(m) for m in draw_masks(kind, range(50), 14, 79, seed=0)]
+                         for kind in ("block", "random"))
     assert sum(blocks) / 50 > 0.7 > 0.5 > sum(scattered) / 50
 
 
@@ -89,6 +89,23 @@ def test_the_decoder_puts_visible_tokens_where_they_came_from():
         torch.testing.assert_close(x[n], tokens[0, 1 + row], rtol=1e-4, atol=1e-5)
     for n in mask[0].nonzero().flatten().tolist():
         torch.testing.assert_close(x[n], model.mask_token[0, 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["visible", "maskfeat"])
+def test_what_follows_the_encoder_starts_as_mae_does(kind):
+    """Xavier-uniform linear layers, but small weights in the last one: it starts near 0, as HOG's
+    entries are small and the mean of normalised pixels is 0."""
+    torch.manual_seed(0)
+    model = MaskedModel(ViT(32, 8, dim=64, depth=1, heads=2), 108, dim=128, depth=1, heads=2,
+                        kind=kind)
+    for small in (model.predict.weight, model.mask_token):
+        assert small.std().item() == pytest.approx(0.02, rel=0.2)
+    assert (model.predict.bias == 0).all()
+    if kind == "visible":
+        for layer in (model.narrow, model.blocks[0].mlp.fc1):
+            bound = (6 / sum(layer.weight.shape)) ** 0.5
+            assert layer.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
+            assert (layer.bias == 0).all()
 
 
 def test_the_loss_is_the_mean_over_masked_patches_alone():
