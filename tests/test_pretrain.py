@@ -1,6 +1,5 @@
 """pretrain.py: masks, what the prediction may depend on, loss, schedule, checkpoints."""
 import math
-import random
 
 import pytest
 import torch
@@ -9,9 +8,9 @@ import pretrain
 from conftest import DECODER, given_to_fit
 from datasets import InputError
 from hog import hog_targets
-from pretrain import (MaskedModel, block_mask, draw_masks, learning_rate, load_checkpoint,
-                      load_weights, make_targets, masked_count, masked_mse, parameter_groups,
-                      random_mask, save_checkpoint, visible)
+from pretrain import (MaskedModel, draw_masks, learning_rate, load_checkpoint, load_weights,
+                      make_targets, masked_count, masked_mse, parameter_groups, random_mask,
+                      save_checkpoint, visible)
 from vit import ViT, patchify, unpatchify
 
 SMALL = dict(image_size=32, patch_size=8, dim=24, depth=2, heads=3)
