@@ -1,8 +1,10 @@
 """datasets.augment: what of a face is changed at random, how far and how often."""
+import math
+
 import pytest
 import torch
 
-from datasets import augment, prepare
+from datasets import DATA, augment, erased, prepare
 
 
 def plain_batch(n=64):
@@ -27,6 +29,56 @@ def test_augmentation_without_change_is_preparation():
     u[:, 4] = 0.0                                                     # a flip and nothing else
     torch.testing.assert_close(augment(plain_batch(), u, 24, "toy", scale=1.0).flip(-1), plain,
                                rtol=1e-4, atol=1e-4)
+
+
+def slow_twin(image, u, size, scale, degrees, light):
+    """One face (C, S, S) in 0 .. 1, pixel by pixel: cropped, mirrored, turned and lit, but not
+    normalised; u are the numbers of its row."""
+    channels, side = len(image), len(image[0])
+    area = scale + (1 - scale) * u[0]
+    ratio = math.exp((2 * u[1] - 1) * min(math.log(4 / 3), -math.log(area)))
+    width, height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+    middle = (2 * u[2] - 1) * (1 - width), (2 * u[3] - 1) * (1 - height)
+    angle = math.radians((2 * u[5] - 1) * degrees)
+    out = torch.zeros(channels, size, size)
+    for row in range(size):
+        for column in range(size):
+            x, y = width * (2 * (column + 0.5) / size - 1), height * (2 * (row + 0.5) / size - 1)
+            x = -x if u[4] < 0.5 else x
+            x, y = (middle[0] + x * math.cos(angle) - y * math.sin(angle),
+                    middle[1] + x * math.sin(angle) + y * math.cos(angle))      # -1 .. 1
+            x, y = (min(max((v + 1) * side / 2 - 0.5, 0), side - 1) for v in (x, y))   # a pixel
+            left, top = min(int(x), side - 2), min(int(y), side - 2)
+            for c in range(channels):
+                upper, lower = (image[c][r][left] * (left + 1 - x) + image[c][r][left + 1]
+                                * (x - left) for r in (top, top + 1))
+                value = upper * (top + 1 - y) + lower * (y - top)
+                value = 0.5 + (value - 0.5) * (1 + (2 * u[6] - 1) * light) + (2 * u[7] - 1) * light
+                out[c, row, column] = min(max(value, 0), 1)
+    return out
+
+
+@pytest.mark.parametrize("how", [(0.5, 0.0, 0.0), (1.0, 30.0, 0.0), (0.3, 30.0, 0.4)])
+def test_augmentation_equals_its_slow_twin(how):
+    about, u = DATA["raf"], uniform_rows(6).double()             # a mean for each colour
+    found = augment(plain_batch(6), u.float(), 10, "raf", *how)
+    for x, image, row in zip(found, plain_batch(6), u.tolist()):
+        expected = slow_twin((image / 255).tolist(), row, 10, *how)
+        for c in range(3):
+            torch.testing.assert_close(x[c] * about["std"][c] + about["mean"][c], expected[c],
+                                       rtol=1e-4, atol=1e-4)
+
+
+def test_erasing_equals_its_slow_twin():
+    u = uniform_rows(20)[:, :4]
+    for found, (a, b, c, d) in zip(erased(u, 24), u.tolist()):
+        share, aspect = 0.02 + 0.31 * a, 3.3 ** (2 * b - 1)      # of the area; height / width
+        height, width = (min(24 * math.sqrt(v), 24) for v in (share * aspect, share / aspect))
+        top, left = c * (24 - height), d * (24 - width)
+        for row in range(24):
+            for column in range(24):
+                assert found[row, column] == (top <= row + 0.5 < top + height
+                                              and left <= column + 0.5 < left + width)
 
 
 def test_crops_rotations_and_light_are_what_was_asked_for():
@@ -85,12 +137,12 @@ def test_a_turned_face_has_no_black_corners():
 
 def test_what_is_erased_lies_anywhere_and_has_any_shape():
     x = augment(white(4000), uniform_rows(4000), 48, "ferplus", scale=1.0, erase=1.0)
-    erased = (x == 0)[:, 0]
-    often = erased.float().mean(dim=0)                               # (48, 48)
+    gone = (x == 0)[:, 0]
+    often = gone.float().mean(dim=0)                               # (48, 48)
     for turned in (often.flip(0), often.flip(1), often.T):
         assert (often - turned).abs().max() < 0.05
     assert 0 < often[0, 0] < 0.05 and often[24, 24] > 0.2
-    high, wide = erased.any(2).sum(1), erased.any(1).sum(1)          # in pixels
+    high, wide = gone.any(2).sum(1), gone.any(1).sum(1)          # in pixels
     assert 3 < (high / wide).max() < 4.5 and 3 < (wide / high).max() < 4.5      # 3.3, but whole
 
 
@@ -124,6 +176,6 @@ def test_half_of_the_faces_are_turned_round_and_as_many_of_these_erased():
     turned = x[:, 0, 0] > x[:, 0, -1]
     assert turned.float().mean() == pytest.approx(0.5, abs=0.04)
     x = augment(white(4000), uniform_rows(4000), 24, "ferplus", scale=1.0, erase=0.25)
-    erased = (x == 0).flatten(1).any(dim=1)
+    gone = (x == 0).flatten(1).any(dim=1)
     for rows in (turned, ~turned):
-        assert erased[rows].float().mean() == pytest.approx(0.25, abs=0.04)
+        assert gone[rows].float().mean() == pytest.approx(0.25, abs=0.04)
