@@ -121,6 +121,8 @@ IMAGE = "TMP/FER2013Train/fer0000001.png: "
 IMAGES = [
     ("missing image", lambda f: ferplus(f, files={"other.png": image()}),
      IMAGE + "no such file; is the data set unpacked completely?"),
+    ("a folder without images", lambda f: ferplus(f, files={"readme.txt": b""}),
+     IMAGE + "no such file; is the data set unpacked completely?"),
     ("empty image", broken(b""), IMAGE + "not a readable image (cannot identify image file "
      "'TMP/FER2013Train/fer0000001.png'); fetch it again"),
     ("truncated image", broken(image(size=(480, 480))[:100]),
