@@ -68,12 +68,13 @@ def affectnet(folder, path="a.jpg", landmarks=";".join(["1"] * 136), expression=
     return ["--data", "affectnet8", "--data-dir", folder, "--partial"]
 
 
-def folders(folder, expression):
+def folders(folder, expression, landmarks=np.ones(136)):
     """An AffectNet of one training image in folders."""
     for name in ("images", "annotations"):
         (folder / "train_set" / name).mkdir(parents=True)
     (folder / "train_set/images/1.jpg").write_bytes(image("RGB", kind="jpeg"))
-    np.save(folder / "train_set/annotations/1_exp.npy", expression, allow_pickle=True)
+    for name, values in (("exp", expression), ("lnd", landmarks)):
+        np.save(folder / f"train_set/annotations/1_{name}.npy", values, allow_pickle=True)
     return ["--data", "affectnet8", "--data-dir", folder, "--partial"]
 
 
@@ -206,6 +207,9 @@ OTHERS = [
     ("a distribution without the face", lambda f: raf(f, distribution="train_00002.jpg 1 1 1 1\n"),
      "TMP/basic/EmoLabel/distribution.txt: no 7 votes for train_00001.jpg; complete the file or "
      "remove it"),
+    ("a distribution without votes", lambda f: raf(f, distribution="train_00001.jpg 0 0 0 0 0 0 0"),
+     "TMP/basic/EmoLabel/distribution.txt: no 7 votes for train_00001.jpg; complete the file or "
+     "remove it"),
     ("points missing", lambda f: raf(f, originals=True),
      "TMP/basic/Annotation/manual/train_00001_manu_attri.txt: no such file; is the data set "
      "unpacked completely?"),
@@ -221,6 +225,9 @@ OTHERS = [
      "TMP/training.csv, row 2: '11' is not a whole number from 0 to 10; correct the row"),
     ("an image elsewhere", lambda f: affectnet(f, path="/etc/passwd"),
      "TMP/training.csv, row 2: '/etc/passwd' leaves the data folder; correct the row"),
+    ("a pickle for landmarks", lambda f: folders(f, np.array("0"), np.array([None], dtype=object)),
+     "TMP/train_set/annotations/1_lnd.npy: not 68 landmarks (Object arrays cannot be loaded when "
+     "allow_pickle=False)"),
     ("a pickle for a class", lambda f: folders(f, np.array([{"a": 1}], dtype=object)),
      "TMP/train_set/annotations/1_exp.npy: not a class number (Object arrays cannot be loaded when "
      "allow_pickle=False)"),

@@ -89,6 +89,7 @@ def test_ferplus_from_kaggles_csv_is_joined_by_row(tmp_path):
     ([1, 1, 1, 1, 1, 1, 1, 1, 0, 0], 0, None),
     ([5, 5, 0, 0, 0, 0, 0, 0, 0, 0], 0, None),        # a half is no majority
     ([0, 0, 0, 0, 0, 0, 0, 2, 1, 1], 7, 7),           # nothing says that votes sum to ten
+    ([0, 1, 0, 0, 0, 0, 0, 0], 1, None),              # no columns but the classes
     ([0, 0, 0, 0, 0, 0, 0, 0, 0, 10], None, None)])
 def test_voted_label(votes, argmax, majority):
     assert voted_label(votes, 8, "argmax") == argmax
@@ -439,10 +440,10 @@ def test_the_toy_passes_its_check_and_is_drawn(tmp_path, capsys, monkeypatch):
 
 
 def test_hold_out_is_stratified_and_disjoint():
-    labels, names = torch.tensor([0] * 100 + [1] * 50), [str(i) for i in range(150)]
-    faces = Faces("toy", "train", np.zeros((150, 3, 2, 2), np.uint8), labels, names)
+    labels, names = torch.tensor([0] * 100 + [1] * 50 + [2] * 30), [str(i) for i in range(180)]
+    faces = Faces("toy", "train", np.zeros((180, 3, 2, 2), np.uint8), labels, names)
     train, held = hold_out(faces, 0.1, seed=0)
-    assert held.labels.bincount().tolist() == [10, 5] and len(train) == 135
+    assert held.labels.bincount().tolist() == [10, 5, 3] and len(train) == 162
     assert set(train.names).isdisjoint(held.names)
     assert [int(n) for n in held.names] == held.rows.tolist()
 

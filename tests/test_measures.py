@@ -39,6 +39,7 @@ def test_what_is_measured_of_a_split():
     found, said = evaluate.measure(logits, faces, list("abcde"), new), logits.argmax(1).tolist()
     share = lambda hits: pytest.approx(sum(map(bool, hits)) / len(hits))
     assert found["accuracy"] == share([said[i] == labels[i] for i in rows])
+    assert found["majority_class_rate"] == max(labels.tolist().count(k) for k in range(5)) / 300
     assert found["confusion"][1][2] == sum(labels[i] == 1 and said[i] == 2 for i in rows)
     b = found["per_class"]["b"]
     assert b["precision"] == share([labels[i] == 1 for i in rows if said[i] == 1])

@@ -197,6 +197,8 @@ def test_predicting_the_vote_shares_is_calibrated():
     nll, ece = vote_metrics((votes / 10).log(), votes)
     assert ece == pytest.approx(0, abs=1e-6)
     assert nll < vote_metrics(torch.zeros(3, 3), votes)[0]
+    sure = vote_metrics(torch.tensor([[99.0, 0, 0]]), torch.tensor([[10.0, 0, 0]]))
+    assert sure == (0, 0)                                  # a probability of 1 is in the last bin
 
 
 def test_duplicates_are_found_by_their_pixels():
