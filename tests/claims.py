@@ -83,6 +83,9 @@ FURTHER = [
     ("", "`baseline` from random weights", "recipe", LONG_BASELINE),
     ("", "the recipe from random weights", "recipe", {
         "ferplus-15-epochs": "ferplus-other-lengths/scratch"}),
+    ("the recipe without revision", "one-hot labels, decoder, Eq. 3", "recipe-no-revise",
+     "decoder-one-hot"),
+    ("", "`soft`: voted C, linear head", "recipe-no-revise", "soft"),
 ]
 
 
