@@ -31,9 +31,9 @@ def resnet(method):
             "ferplus-15-epochs": f"ferplus-other-lengths/{method}-15-epochs"}
 
 
-# (what, over what, kept run, another): a row; "" as above. The first name is looked for in each
-# column's folder, the second, too, or where a dict has it: {column: folder and name}, other columns
-# stay empty. Sets have equal C, Y / |Y|, if nothing is said; voted C is the vote shares.
+# (what, over what, kept run, another): a row; "" as above. A name is looked for in each column's
+# folder, or where a dict has it: {column: folder and name}, and other columns stay empty. Sets have
+# equal C, Y / |Y|, if nothing is said; voted C is the vote shares.
 THE_PAPERS = [                                           # comparisons of which it has the figures
     ("pre-training with HOG", "pixels; one-hot labels", "mim-hog", "mim-pixel"),
     ("", "pixels; sets", "mim-hog-pll", "mim-pixel-pll"),
@@ -61,7 +61,8 @@ FURTHER = [
     ("", "one-hot labels; linear head", "soft", "mim-hog"),
     ("", "one-hot labels; decoder, Eq. 3", "decoder-soft", "decoder-one-hot"),
     ("", "one-hot labels; linear head, random weights", "soft", {"toy": "toy/baseline"}),
-    ("sets, equal C", "one-hot labels; ResNet-18", "resnet18-pll", "baseline-resnet18"),
+    ("sets, equal C", "one-hot labels; ResNet-18", resnet("resnet18-pll"),
+     resnet("baseline-resnet18")),
     ("label decoder, Eq. 3", "linear head; one-hot labels", "decoder-one-hot", "mim-hog"),
     ("", "linear head; voted C", "decoder-soft", "soft"),
     ("revision", "none; both with Eq. 3, two votes a candidate", "min2", "decoder-uniform-min2"),
@@ -125,10 +126,15 @@ def in_the_paper(one, other):
     return f"{ours[data] - theirs[data]:+.2f}"
 
 
+def places(name):
+    """Where the runs of a row's name are kept, {column: folder and name}."""
+    return name if isinstance(name, dict) else {folder: f"{folder}/{name}" for folder in COLUMNS}
+
+
 def cells(one, other):
     """What each column says of a row's two names."""
-    others = other if isinstance(other, dict) else {f: f"{f}/{other}" for f in COLUMNS}
-    return [cell(f"{folder}/{one}", others[folder]) if folder in others else ""
+    ours, theirs = places(one), places(other)
+    return [cell(ours[folder], theirs[folder]) if folder in ours and folder in theirs else ""
             for folder in COLUMNS]
 
 
