@@ -25,10 +25,14 @@ LONG_BASELINE = {"toy": "toy/baseline", "ferplus-4-epochs": "ferplus-other-lengt
                  "ferplus-15-epochs": "ferplus-other-lengths/baseline-42-epochs"}
 
 
+def places(name):
+    """Where the runs of a row's name are kept, {column: folder and name}."""
+    return name if isinstance(name, dict) else {folder: f"{folder}/{name}" for folder in COLUMNS}
+
+
 def resnet(method):
     """Where a method on ResNet-18 is kept, whose 15 epochs are without layer decay."""
-    return {"toy": f"toy/{method}", "ferplus-4-epochs": f"ferplus-4-epochs/{method}",
-            "ferplus-15-epochs": f"ferplus-other-lengths/{method}-15-epochs"}
+    return {**places(method), "ferplus-15-epochs": f"ferplus-other-lengths/{method}-15-epochs"}
 
 
 # (what, over what, kept run, another): a row; "" as above. A name is looked for in each column's
@@ -124,11 +128,6 @@ def in_the_paper(one, other):
     ours, theirs = PAPER[one], PAPER[name]
     data = next(d for d in ("ferplus", "raf") if d in ours and d in theirs)
     return f"{ours[data] - theirs[data]:+.2f}"
-
-
-def places(name):
-    """Where the runs of a row's name are kept, {column: folder and name}."""
-    return name if isinstance(name, dict) else {folder: f"{folder}/{name}" for folder in COLUMNS}
 
 
 def cells(one, other):

@@ -60,8 +60,8 @@ def slow_twin(image, u, size, scale, degrees, light):
 
 @pytest.mark.parametrize("how", [(0.5, 0.0, 0.0), (1.0, 30.0, 0.0), (0.3, 30.0, 0.4)])
 def test_augmentation_equals_its_slow_twin(how):
-    about, u = DATA["raf"], uniform_rows(6).double()             # a mean for each colour
-    found = augment(plain_batch(6), u.float(), 10, "raf", *how)
+    about, u = DATA["raf"], uniform_rows(6)                      # a mean for each colour
+    found = augment(plain_batch(6), u, 10, "raf", *how)
     for x, image, row in zip(found, plain_batch(6), u.tolist()):
         expected = slow_twin((image / 255).tolist(), row, 10, *how)
         for c in range(3):
@@ -138,11 +138,11 @@ def test_a_turned_face_has_no_black_corners():
 def test_what_is_erased_lies_anywhere_and_has_any_shape():
     x = augment(white(4000), uniform_rows(4000), 48, "ferplus", scale=1.0, erase=1.0)
     gone = (x == 0)[:, 0]
-    often = gone.float().mean(dim=0)                               # (48, 48)
+    often = gone.float().mean(dim=0)                                 # (48, 48)
     for turned in (often.flip(0), often.flip(1), often.T):
         assert (often - turned).abs().max() < 0.05
     assert 0 < often[0, 0] < 0.05 and often[24, 24] > 0.2
-    high, wide = gone.any(2).sum(1), gone.any(1).sum(1)          # in pixels
+    high, wide = gone.any(2).sum(1), gone.any(1).sum(1)              # in pixels
     assert 3 < (high / wide).max() < 4.5 and 3 < (wide / high).max() < 4.5      # 3.3, but whole
 
 

@@ -91,7 +91,7 @@ def test_the_decoder_puts_visible_tokens_where_they_came_from():
 
 
 @pytest.mark.parametrize("kind", ["visible", "maskfeat"])
-def test_what_follows_the_encoder_starts_as_mae_does(kind):
+def test_the_start_of_what_follows_the_encoder(kind):
     """Xavier-uniform linear layers, but small weights in the last one: it starts near 0, as HOG's
     entries are small and the mean of normalised pixels is 0."""
     torch.manual_seed(0)
