@@ -763,9 +763,12 @@ def batches(run, faces, epoch, first):
     local = order[:steps * size].reshape(steps, size)[first:, run.share.start:run.share.stop]
     if run.loader is None:
         workers = run.config["workers"]
+        # Forked on Linux. Python 3.14 has a server do it there, which dies of a SIGTERM to the
+        # group of processes, and the loading processes with it, before the run has saved.
+        how = "fork" if workers and sys.platform == "linux" else None
         run.loader = DataLoader(faces, sampler=[], batch_size=None, num_workers=workers,
                                 persistent_workers=workers > 0, worker_init_fn=outlive,
-                                pin_memory=run.device.type == "cuda")
+                                pin_memory=run.device.type == "cuda", multiprocessing_context=how)
     run.loader.sampler[:] = local.tolist()               # what its processes read next
     loaded = iter(run.loader)
     for indices in local:

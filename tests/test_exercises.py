@@ -119,8 +119,10 @@ def test_exercise_3_start_from_the_queries():
         torch.testing.assert_close(decoder(tokens), expected)
         logits, maps = decoder(tokens, need_attention=True)
         assert logits.equal(decoder(tokens)) and maps.shape == (3, layers, 3, 7, 9)
-        gradient, = torch.autograd.grad(decoder(tokens)[:, 0].sum(), decoder.queries)
-        assert gradient[1:].abs().min() > 0         # label 0 hears from every other label
+        gradients = [torch.autograd.grad(logits[:, 0].sum(), decoder.queries)[0]
+                     for logits in (decoder(tokens), expected)]
+        torch.testing.assert_close(*gradients)
+        assert gradients[0][1:].abs().min() > 0     # label 0 hears from every other label
 
 
 def test_exercise_4_the_greater_part_of_the_crowd():

@@ -129,11 +129,11 @@ def test_a_second_ctrl_c_stops_at_once():
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("number, how", [(signal.SIGINT, "fork"), (signal.SIGINT, "forkserver"),
-                                         (signal.SIGTERM, "fork")])
+@pytest.mark.parametrize("how", ["fork", "forkserver"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_loading_processes_outlive_the_signal_that_stops_a_run(number, how, tmp_path, cache):
     """The whole group of processes gets it, as from a terminal or from torchrun; all eight batches
-    come. (A server of forks dies of SIGTERM, and its processes with it.)"""
+    come, whichever way of starting processes is Python's own (fork, from 3.14 on forkserver)."""
     program = """if True:
         import multiprocessing, subprocess, sys, pretrain, train
         multiprocessing.set_start_method(sys.argv[1])
