@@ -78,7 +78,8 @@ TREES = {
     "raf": """
   DIR/basic/
     EmoLabel/list_patition_label.txt       rows like: train_00001.jpg 5
-    EmoLabel/distribution.txt              (optional) name and 7 votes in label order
+    EmoLabel/distribution.txt              (optional) name and 7 votes in label order, which is
+      1 surprise, 2 fear, 3 disgust, 4 happiness, 5 sadness, 6 anger, 7 neutral
     Image/aligned/train_00001_aligned.jpg  or Image/original/train_00001.jpg with
     Annotation/manual/train_00001_manu_attri.txt""",
     "affectnet7": """
@@ -186,13 +187,17 @@ def similarity(source, target):
 def align(image, points, side):
     """Warp a face so that its five points (5, 2) meet the template (Sec. 4.2): PIL -> PIL.
 
-    The result has side x side pixels. A much larger face is first shrunk by a whole factor: bicubic
-    sampling alone would alias. Raises ValueError if the points are all the same.
+    The result has side x side pixels, in which the squared distances to the template are least. A
+    much larger face is first shrunk by a whole factor: bicubic sampling alone would alias. Raises
+    ValueError if the points are all the same or not finite.
     """
+    if not np.isfinite(points).all():
+        raise ValueError("not finite")
     if (points == points[0]).all():
         raise ValueError("five times the same point")
-    matrix = similarity(TEMPLATE * side / 112, points)              # output pixel -> input pixel
-    shrink = int(min(max(np.sqrt(np.linalg.det(matrix[:, :2])), 1), max(image.size)))
+    forward = similarity(points, TEMPLATE * side / 112)             # input pixel -> output pixel
+    matrix = np.linalg.inv(np.vstack([forward, [0, 0, 1]]))[:2]     # output pixel -> input pixel
+    shrink = int(min(max(np.sqrt(np.linalg.det(matrix[:, :2])) + 1e-6, 1), max(image.size)))
     image, matrix = image.reduce(shrink), matrix / shrink
     return image.transform((side, side), Image.Transform.AFFINE, matrix.flatten(),
                            Image.Resampling.BICUBIC)
@@ -336,9 +341,10 @@ def list_ferplus(root, split, convention, partial):
         line = line_of[names[i]]
         return to_array(kaggle_image(images[line - 2]["pixels"], f"{pixels}, row {line}"), side)
 
+    none = " or there is none" * (convention == "majority")
     notes = [f"{len(names)} faces of {len(votes)} images; the {convention} label of "
-             f"{len(votes) - len(names)} is unknown or no face ({nameless} rows without image, "
-             f"{repeated} repeated)"]
+             f"{len(votes) - len(names)} is unknown or no face{none} ({nameless} rows without "
+             f"image, {repeated} repeated)"]
     return Listing(names, [labels[n] for n in names], read, [votes[n][:8] for n in names],
                    sources=[folder / n for n in names] if images is None else [pixels, table],
                    notes=notes)
@@ -441,8 +447,6 @@ def list_affectnet(data, root, split, partial):
             values = np.load(where, allow_pickle=False) if text is None else \
                 np.array(text.replace(";", " ").split())
             landmarks = values.astype(float).reshape(68, 2)
-            if not np.isfinite(landmarks).all():
-                raise ValueError("not finite")
             return to_array(align(image, five_points(landmarks), side), side)
         except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{where}: not 68 landmarks ({error})") from None
@@ -725,6 +729,7 @@ def build_memory_map(path, found, shape):
                 array[i:i + 256] = faces.reshape(len(rows), *shape[1:])   # grey is not made colour
                 bar.update(len(rows))
         array.flush()
+        del array                                         # Windows renames no file that is mapped
         os.replace(partial, path)
     finally:
         bar.close()
@@ -990,6 +995,8 @@ def main(argv=None):
         faces = as_faces(found, args.data, args.split, images).subset(torch.tensor(readable[:64]))
         save(contact_sheet(replace(faces, rows=None)), out)            # `images` are of these alone
         print(f"contact sheet: {out}")
+        if args.data == "toy":                                   # the others' are files as it is
+            save(as_picture(torch.from_numpy(images[0])), out.with_name("toy-face.png"))
     if listings:
         chart = out.with_name(f"{args.data}-statistics.png")
         save(statistics(args.data, {split: f for split, (f, _) in listings.items()}), chart)

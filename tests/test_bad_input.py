@@ -216,6 +216,9 @@ OTHERS = [
     ("three points", lambda f: raf(f, originals=True, points="1 2\n3 4\n5 6\n"),
      "TMP/basic/Annotation/manual/train_00001_manu_attri.txt: not five rows of x and y (cannot "
      "reshape array of size 6 into shape (5,2))"),
+    ("points that are no numbers", lambda f: raf(f, originals=True, points="nan 1\n" * 5),
+     "TMP/basic/Annotation/manual/train_00001_manu_attri.txt: not five rows of x and y (not "
+     "finite)"),
     ("one landmark", lambda f: affectnet(f, landmarks="1;2"),
      "TMP/training.csv, row 2: not 68 landmarks (cannot reshape array of size 2 into shape "
      "(68,2))"),

@@ -17,7 +17,8 @@ import evaluate
 import train
 from conftest import ROOT, TINY
 from datasets import (DATA, PROTOTYPES, TEMPLATE, Faces, InputError, align, five_points, hold_out,
-                      listing, load_faces, read_image, similarity, toy_sample, voted_label)
+                      list_toy, listing, load_faces, read_image, similarity, toy_sample,
+                      voted_label)
 
 REAL = next((folder for folder in (ROOT.parent / "shared/ferplus", ROOT / "data/ferplus")
              if (folder / "FER2013Train").is_dir()), None)
@@ -275,6 +276,21 @@ def test_alignment_puts_the_points_on_the_template():
         [77, 78], [89, 90], [60, 61], [96, 97], [108, 109]]   # eyes 36-41, 42-47; 30; 48; 54
 
 
+def test_alignment_is_least_squares_in_the_aligned_face():
+    """Of points that no similarity brings onto the template: solved again as linear equations."""
+    points = TEMPLATE * [0.7, 1] + np.random.default_rng(0).normal(0, 4, (5, 2)) + 20
+    rows, goal = [], TEMPLATE.flatten()
+    for x, y in points:                              # a x - b y + c, b x + a y + d
+        rows += [[x, -y, 1, 0], [y, x, 0, 1]]
+    a, b, c, d = np.linalg.lstsq(np.array(rows), goal, rcond=None)[0]
+    ramp = np.tile(np.arange(160, dtype=np.float32), (160, 1))       # a pixel's value is its place
+    for x_or_y, image in enumerate((ramp, ramp.T.copy())):
+        aligned = np.asarray(align(Image.fromarray(image), points, 112))
+        for u, v in ((20, 40), (56, 72), (90, 100)):
+            x, y = np.linalg.solve([[a, -b], [b, a]], [u + 0.5 - c, v + 0.5 - d])
+            assert aligned[v, u] == pytest.approx((x, y)[x_or_y] - 0.5, abs=0.1)   # bicubic's
+
+
 def test_a_large_face_is_shrunk_without_aliasing():
     """Each pixel becomes the mean of the 8 x 8 that it stands for."""
     noise = np.random.default_rng(0).integers(0, 256, (896, 896)).astype(np.uint8)
@@ -437,6 +453,8 @@ def test_the_toy_passes_its_check_and_is_drawn(tmp_path, capsys, monkeypatch):
         assert sheet.size == (8 * 196 + 16, 2 * 290 + 60)
     with Image.open(tmp_path / "runs/toy-statistics.png") as chart:
         assert chart.size == (2000, 200 + 62 * 7)
+    with Image.open(tmp_path / "runs/toy-face.png") as face:
+        assert np.array_equal(np.asarray(face).transpose(2, 0, 1), list_toy("val").read(0, 96))
 
 
 def test_hold_out_is_stratified_and_disjoint():
@@ -592,6 +610,7 @@ def test_the_majority_convention_reaches_the_faces(tmp_path):
     faces = load_faces("ferplus", tmp_path, "train", 48, "majority", partial=True,
                        cache=tmp_path / "cache")
     assert faces.names == ["fer0000007.png"]                         # 4 of 8 are no majority
+    assert "majority label of 2 is unknown or no face or there is none (" in faces.notes[0]
 
 
 def test_ferplus_may_lie_in_data_and_its_table_may_have_been_saved_by_excel(tmp_path):
