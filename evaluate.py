@@ -57,8 +57,8 @@ PAPER = {
     "decoder-uniform": dict(raf=91.64, affectnet7=66.90),
     "decoder-revision": dict(raf=91.89, affectnet7=66.93),
 }
-# What config.json says beside FREE in which two runs of one row may differ.
-ABOUT = ("command", "commit", "processes", "threads", "python", "torch", "torchvision",
+# What config.json says, beside FREE, in which two runs of one row may differ.
+ABOUT = ("command", "commit", "processes", "threads", "python", "torch", "torchvision", "earlier",
          "deterministic", "accumulate", "compile")
 # Columns of the comparison: key of a result, heading; all but NLL in per cent.
 COLUMNS = {"held_out_accuracy": "held out", "accuracy": "accuracy",
@@ -160,7 +160,7 @@ def measure(logits, faces, classes, new=None):
     # (K, K); row: voted label, column: prediction.
     confusion = torch.bincount(labels * K + predicted, minlength=K * K).reshape(K, K)
     hits, faces_each, given = confusion.diag(), confusion.sum(1), confusion.sum(0)         # (K,)
-    accuracy, mean_class = accuracies(predicted, labels, K)
+    accuracy, mean_class = accuracies(predicted, labels)
     result = {
         "faces": len(faces), "accuracy": accuracy, "mean_class_accuracy": mean_class,
         "majority_class_rate": faces_each.max().item() / len(faces),
@@ -233,11 +233,6 @@ def as_text(result, classes, revises):
     return "\n".join(lines)
 
 
-def folder_of(path):
-    """The folder of a run that is named by it or by its checkpoint."""
-    return Path(path) if Path(path).is_dir() else Path(path).parent
-
-
 def load_run(path, overrides):
     """A trained model, its `Run` and its checkpoint; path is a run folder or a checkpoint."""
     path = Path(path)
@@ -248,7 +243,7 @@ def load_run(path, overrides):
                          f"{path}: no weights are there; what was measured is shown by: python "
                          f"evaluate.py {path.parent} --split {kept[0]}")
     state = load_checkpoint(path, "train")
-    config = {**state["config"], **overrides}
+    config = {**state["config"], **overrides, "out": str(path.parent)}
     known_to_this_code(path, config)
     if state["classes"] != DATA[config["data"]]["classes"]:
         raise InputError(f"{path}: trained on the classes {', '.join(state['classes'])}")
@@ -280,9 +275,9 @@ def evaluate(path, split, overrides):
     faces, new = load_split(run, split), None
     if data == "ferplus":                        # some images stand in Training too
         new = not_in(faces, load_split(run, "train"))
-    begin = time.time()
+    begin = time.perf_counter()
     logits = predict(run, model, faces).cpu()                              # (n, K)
-    speed = round(len(faces) / (time.time() - begin), 1)
+    speed = round(len(faces) / (time.perf_counter() - begin), 1)
     last = state["log"][-1]
     result = {"run": str(path), "data": data, "split": split, "epoch": last["epoch"],
               "step": state["step"], "images_per_second": speed, "notes": faces.notes,
@@ -296,8 +291,8 @@ def evaluate(path, split, overrides):
         same_faces(run, state, known)
         answers = predict(run, model, known).argmax(dim=1).cpu()           # (n,) of training
         result.update(became(known, state["candidates"], state["confidence"], answers))
-    return result, run.config, state["log"], lambda: pictures(run, model, state, faces, logits,
-                                                              known, answers)
+    return result, run.config, state["log"], lambda: pictures(
+        run, model, state, faces, logits, result, known, answers)
 
 
 def stored(folder, kept):
@@ -551,13 +546,13 @@ def attention_of(model, run, images, names, titles, about):
     return attention_picture([as_picture(f) for f in images], maps, zeta, names, titles)
 
 
-def pictures(run, model, state, faces, logits, known, answers):
+def pictures(run, model, state, faces, logits, result, known, answers):
     """All pictures of a run and a split: {file name: PIL RGB}.
 
-    known, answers: of a run that revises, its training faces and what the network says of them.
+    result: what was measured; known, answers: of a run that revises, its training faces and what
+    the network says of them.
     """
     classes, c = state["classes"], run.config
-    result = measure(logits, faces, classes)
     made = {f"confusion-{faces.split}": confusion_picture(result, classes),
             "curves": curves([("", state["log"])])}
     if faces.votes is not None:
@@ -658,6 +653,7 @@ def recognise(run, model, state, paths, landmarks, batch_size=64):
 
 def recognise_files(args, overrides):
     """The command lines --image and --folder; status 1 at the end if a file could not be read."""
+    sys.stdout.reconfigure(errors="surrogateescape")     # of file names that are no UTF-8
     model, run, state = load_run(args.runs[0], overrides)
     classes = state["classes"]
     if run.rank > 0:
@@ -693,8 +689,7 @@ def recognise_files(args, overrides):
         picture = attention_of(model, run, torch.stack([image for _, image, _ in shown]), classes,
                                [[path.name[:16], f"said {label}"] for path, _, label in shown],
                                state)
-        say(run, save_pictures(folder_of(args.runs[0]) / "pictures",
-                               {"attention-of-images": picture}))
+        say(run, save_pictures(run.out / "pictures", {"attention-of-images": picture}))
     if len(rows) < len(paths):
         raise Stopped(f"{len(paths) - len(rows)} of {len(paths)} pictures could not be read")
 
@@ -705,7 +700,7 @@ def write_rows(path, rows, mode="w"):
         csv.writer(sys.stdout, lineterminator="\n").writerows(rows)
         return
     try:
-        with open(path, mode, newline="") as file:
+        with open(path, mode, newline="", encoding="utf-8", errors="surrogateescape") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
     except OSError as error:
         raise InputError(f"--csv {path}: cannot be written ({error.strerror})") from None
@@ -771,7 +766,7 @@ def main(argv=None):
         if sets:
             tell("\n" + "\n".join(sets))
     if alone and draw:
-        tell("\n" + save_pictures(folder_of(path) / "pictures", draw()))
+        tell("\n" + save_pictures(Path(config["out"]) / "pictures", draw()))
     elif not args.markdown:                      # of several runs, or of one without its weights
         tell("\n" + save_pictures(Path("runs/pictures"), {"curves": curves(logs)}))
 

@@ -52,10 +52,9 @@ def gradients(images):
 def magnitude_and_angle(gx, gy):
     """Length of the gradient and its orientation in bins, -9 .. 9, which `hog` takes modulo 9.
 
-    Both are finite, and so are their gradients.
-
-    Where the image is flat the angle has no meaning and the derivatives of sqrt and atan2 do not
-    exist: such pixels are given length 0, a constant, and angle 0.
+    Both are finite, and so are their gradients: where the image is flat the angle has no meaning
+    and the derivatives of sqrt and atan2 do not exist, so such pixels are given length 0, a
+    constant, and angle 0.
     """
     power = gx.square().add_(gy.square())
     flat = power == 0
@@ -228,7 +227,7 @@ def main(argv=None):
         image = Image.open(args.image) if args.image else drawn_face()
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         figure(image).save(args.out)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         print(f"error: {error}; give --image a picture and --out a path ending in .png",
               file=sys.stderr)
         sys.exit(2)

@@ -62,8 +62,8 @@ MODEL_SETTINGS = {
     "depth": (12, 6, 1, 100, "blocks of the encoder"),
     "heads": (12, 4, 1, 64, "attention heads of the encoder"),
 }
-# Epochs, batch size, learning rate and mask ratio are the paper's (Sec. 4.2), the decoder is MAE's,
-# all else MaskFeat's.
+# The ViT, epochs, batch size, learning rate and mask ratio are the paper's (Sec. 4.2), the decoder
+# is MAE's, `picture_every` is ours, all else MaskFeat's.
 SETTINGS = {
     **MODEL_SETTINGS,
     "decoder_dim": (512, 96, 4, 4096, "width of the reconstruction decoder"),
@@ -426,7 +426,8 @@ def start(config):
             torch.use_deterministic_algorithms(True)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--device {config['device']}: cannot be used ({reason})") from None
+        raise InputError(f"--device {config['device'] or 'cuda'}: cannot be used ({reason})"
+                         ) from None
     machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
     if machines > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         raise InputError("--max-restarts: torchrun counts them on each machine alone, so the "
@@ -526,7 +527,7 @@ def command_line(main):
                                                 "whole")
     except torch.cuda.OutOfMemoryError:
         status, message = 1, ("stopped: the card's memory is full; try --accumulate 4, more "
-                              "processes or a smaller --batch-size")
+                              "processes or a smaller --batch-size, in evaluate.py --device cpu")
     except BrokenPipeError:                              # as in `... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
@@ -716,10 +717,11 @@ def restore(run, saved, model, optimizer, scaler):
     return {"step": saved["step"], "log": saved["log"], "sums": sums}
 
 
-def write_config(run):
+def write_config(run, saved=None):
     """config.json: the settings, the command, versions, the commit ("-dirty": and changes to it).
 
-    The settings are also printed.
+    The settings are also printed. Returns, for the checkpoint, what is said of each start of the
+    run beside the settings; config.json has it of the earlier ones under "earlier".
     """
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -727,11 +729,12 @@ def write_config(run):
                                 text=True).stdout.strip()
     except OSError:
         commit = None                                    # git is not installed
-    about = {**run.config, "command": shlex.join(sys.argv), "commit": commit or None,
+    about = {"command": shlex.join(sys.argv), "commit": commit or None,
              "processes": run.world, "threads": torch.get_num_threads(),
              "device": str(run.device), "python": sys.version.split()[0],
-             "torch": torch.__version__, "torchvision": torchvision.__version__}
-    text = json.dumps(about, indent=1) + "\n"
+             "torch": str(torch.__version__), "torchvision": torchvision.__version__}
+    earlier = (saved or {}).get("starts", [])
+    text = json.dumps({**run.config, **about, "earlier": earlier}, indent=1) + "\n"
 
     def write():
         try:                                             # here, so that the error names the switch
@@ -746,6 +749,7 @@ def write_config(run):
     size = run.config["batch_size"]
     parts = f" x {run.parts} parts" * (run.parts > 1)
     say(run, f"global batch {size} = {run.world}{parts} x {len(run.rows)}, {run.device}")
+    return [*earlier, {"step": saved["step"] if saved else 0, **about}]
 
 
 # ------------------------------------------------------------------ what both stages need: the loop
@@ -870,12 +874,12 @@ def train_epoch(run, network, optimizer, scaler, faces, step_loss, state, signal
     return False
 
 
-def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch=None, draw=None):
+def fit(run, model, optimizer, faces, step_loss, saved, end_of_epoch, extra=dict, draw=None):
     """Train for the epochs of the settings, from the start or from the checkpoint `saved`.
 
     step_loss(network, images, indices, step) -> (loss, {name: scalar tensor}) is one step's
-    computation; extra() is more state for the checkpoint; end_of_epoch(record) -> {name: number} is
-    logged beside the means of the step's scalars; draw(note), if given, makes a PIL picture for
+    computation; end_of_epoch(record) -> {name: number} is logged beside the means of the step's
+    scalars; extra() is more state for the checkpoint; draw(note), if given, makes a PIL picture for
     the run folder at the start, every `picture_every` epochs and at the end. All that is random is
     a function of the seed, the step and (dropout, drop path) the process, so a run that is resumed
     by as many processes draws what an uninterrupted one draws.
@@ -887,12 +891,13 @@ def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch
     state = restore(run, saved, model, optimizer, scaler)
 
     def save():
-        save_run(run, {"stage": c["stage"], "config": c, "faces": digest(faces), **state,
+        save_run(run, {"stage": c["stage"], "config": c, "starts": starts, **state,
+                       "faces": digest(faces),
                        "sums": means(run, state["sums"], 1), "model": model.state_dict(),
                        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                        **extra()})
 
-    write_config(run)
+    starts = write_config(run, saved)
     last = run.out / "last.pt"
     if not saved and run.rank == 0 and last.exists():
         os.replace(last, last.with_name("previous.pt"))      # an earlier run's is not lost
@@ -904,7 +909,7 @@ def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch
     network = torch.compile(network) if c["compile"] else network
     with caught_signals() as signals:
         while state["step"] < total:                         # Algorithm 1, line 2
-            first, begin = state["step"], time.time()
+            first, begin = state["step"], time.perf_counter()
             stop = train_epoch(run, network, optimizer, scaler, faces, step_loss, state, signals)
             done, within = divmod(state["step"], steps)      # epochs, and steps of the next one
             if not within:
@@ -923,7 +928,7 @@ def fit(run, model, optimizer, faces, step_loss, saved, extra=dict, end_of_epoch
 
 def close_epoch(run, state, record, end_of_epoch):
     """Complete an epoch's record, put it into the log and print it."""
-    record.update(end_of_epoch(record) if end_of_epoch else {})
+    record.update(end_of_epoch(record))
     state["log"].append(record)
     state["sums"] = {}
     say(run, f"epoch {record['epoch']}/{run.config['epochs']}  " + "  ".join(
@@ -936,7 +941,7 @@ def pace(run, begin, done, left):
     Shares of the time, 0 .. 1, of reading faces and of augmenting them and making targets; the rest
     is the model's. On CUDA the first copy to the device, in `target`, awaits the step before.
     """
-    seconds = time.time() - begin
+    seconds = time.perf_counter() - begin
     shares = {f"{name}_share": round(run.seconds[name] / seconds, 4) for name in run.seconds}
     run.seconds.update(data=0.0, target=0.0)
     return {"images_per_second": round(done * run.config["batch_size"] / seconds, 1),

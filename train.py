@@ -20,6 +20,7 @@ Run:  python train.py                                      (the toy, after pytho
 """
 import argparse
 import copy
+import math
 import pickle
 from pathlib import Path
 
@@ -204,10 +205,17 @@ def initial_weights(config, encoder):
         where, weights = resnet_weights(config["init"])
     else:
         where, weights = pretrained_weights(config)
+    note = f"encoder: all {len(weights)} tensors from {where}"
     if "positions" in weights:
+        count = weights["positions"].shape[1] - 1                         # n*n patches
+        if math.isqrt(count) ** 2 != count:
+            raise InputError(f"{where}: positions of {count} patches, which are no square grid; "
+                             "give those of a square image, and one class token's before them")
         weights["positions"] = interpolate_positions(weights["positions"], encoder.grid)
+        if count != encoder.grid ** 2:
+            note += f"; positions of {count} patches interpolated for {encoder.grid ** 2}"
     load_weights(encoder, weights, where, "give the same --scale and sizes")
-    return f"encoder: all {len(weights)} tensors from {where}"
+    return note
 
 
 def imagenet_weights(model):
@@ -356,10 +364,10 @@ def predict(run, model, faces, batch_size=256):
     return logits
 
 
-def accuracies(predicted, labels, classes):
+def accuracies(predicted, labels):
     """(accuracy, mean over the classes that occur of their accuracy); both in 0 .. 1."""
     hits = (predicted == labels).float()
-    each = [hits[labels == c].mean() for c in range(classes) if (labels == c).any()]
+    each = [hits[labels == c].mean() for c in labels.unique()]
     return hits.mean().item(), torch.stack(each).mean().item()
 
 
@@ -562,7 +570,7 @@ def pico(run, model, faces, table, state):
     views = (c["image_size"], c["data"], c["crop_scale"], c["degrees"], c["light"], c["erase"])
 
     def iteration(network, images, indices, step):
-        u = uniforms(run, step, columns=24)                               # 12 for each view
+        epoch, u = step // steps, uniforms(run, step, columns=24)         # 12 for each view
         indices = indices.to(run.device)
         with run.timed("target"):
             one, two = augment(images, u[:, :12], *views), augment(images, u[:, 12:], *views)
@@ -579,7 +587,6 @@ def pico(run, model, faces, table, state):
             finite = q_all.isfinite().all() and k_all.isfinite().all()   # of all processes alike
             keys = torch.cat([k_all, state["queue"]])                     # (B+M, 128)
             positive = F.pad(everywhere == indices[:, None], (0, len(state["queue"])))   # (b, B+M)
-            epoch = step // steps
             if epoch >= c["warmup_revision"] and finite:
                 near = prototype_labels(q_all, state["prototypes"], candidates[everywhere])
                 share = epoch / max(c["epochs"] - 1, 1)
@@ -621,8 +628,7 @@ def watcher(run, model, faces, held, table):
                     numbers[f"revised_as_{name}"] = (first == right)[rows].float().mean().item()
         if held is not None:
             predicted = predict(run, model, held).argmax(dim=1).cpu()
-            numbers["val_accuracy"], numbers["val_mean_class"] = accuracies(
-                predicted, held.labels, confidence.shape[1])
+            numbers["val_accuracy"], numbers["val_mean_class"] = accuracies(predicted, held.labels)
         return numbers
 
     return end_of_epoch
@@ -659,8 +665,8 @@ def main(argv=None):
         return {**table, "pico": kept, "classes": about["classes"], "mean": list(about["mean"]),
                 "std": list(about["std"])}
 
-    fit(run, model, optimizer, faces, step_loss, saved, extra,
-        watcher(run, model, faces, held, table))
+    fit(run, model, optimizer, faces, step_loss, saved, watcher(run, model, faces, held, table),
+        extra)
     say(run, f"trained: {run.out / 'last.pt'}")
 
 

@@ -67,7 +67,7 @@ def interpolate_positions(positions, grid):
 def wave_positions(dim, grid):
     """Where learned positions start: 2-D sine and cosine waves (MAE's fixed ones), (1, 1+N, d).
 
-    A quarter of the width each for the sine and cosine of the column and of the row, with
+    A quarter of the width each: sine of the column, its cosine, sine of the row, its cosine, with
     wavelengths from 2 pi to nearly 10,000 * 2 pi patches; the class token's position is 0.
     """
     if dim % 4:
@@ -95,7 +95,7 @@ def drop_path(x, rate, training):
 class LinearOfGELU(torch.autograd.Function):
     """linear(gelu(x)), x (..., hidden) -> (..., d), which computes gelu(x) again for its backward.
 
-    Kept, as autograd would do, it is a quarter of all that a block keeps.
+    Autograd would keep gelu(x), which would be a quarter of all the numbers that a block keeps.
     """
 
     generate_vmap_rule = True                             # torch.func: a gradient for each sample

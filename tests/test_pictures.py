@@ -1,6 +1,9 @@
 """What is drawn: each picture shows what it says, and the README's are what the code draws."""
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,8 +15,8 @@ import evaluate
 import hog
 import pll
 import pretrain
-from conftest import (DECODER, ROOT, TINY, error_of, faces_with, flags_for, given_to_fit,
-                      read_state, run_script, shown_accuracy)
+from conftest import (DECODER, ONE_THREAD, ROOT, TINY, error_of, faces_with, flags_for,
+                      given_to_fit, read_state, run_script, shown_accuracy)
 from datasets import DATA, TEMPLATE, InputError, load_faces, to_picture
 from decoder import heat
 from hog import BINS, edge, glyphs
@@ -100,7 +103,13 @@ def test_hog_draws_a_given_image_and_names_a_broken_one(tmp_path, capsys):
         wide = np.asarray(hog.figure(image))
     assert np.array_equal(wide, np.asarray(hog.figure(Image.fromarray(slope[:, 38:262]))))
     (tmp_path / "text.png").write_text("hello")
-    for flags in (["--image", str(tmp_path / "text.png")], ["--out", str(tmp_path / "x.nothing")]):
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "chunk.png")
+    content = (tmp_path / "chunk.png").read_bytes()
+    second = content.index(b"IDAT", content.index(b"IDAT") + 4)
+    (tmp_path / "chunk.png").write_bytes(content[:second] + b"\0" + content[second + 1:])
+    for flags in (["--image", str(tmp_path / "text.png")], ["--out", str(tmp_path / "x.nothing")],
+                  ["--image", str(tmp_path / "chunk.png")]):
         with pytest.raises(SystemExit) as stop:
             hog.main(flags)
         assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
@@ -346,6 +355,23 @@ def test_one_image_in_and_a_label_out(trained, pictures, tmp_path, capsys):
     assert {line.split()[0] for line in lines[1:8]} == set(DATA["toy"]["classes"])
     assert lines[8].startswith("  candidate set: ") and "attention-of-images" in lines[-1]
     assert (tmp_path / "run/pictures/attention-of-images.png").exists()
+
+
+def test_a_name_that_is_no_text_is_kept_byte_by_byte(trained, pictures, tmp_path):
+    """As Linux allows it; here in a place where nothing but ASCII is expected."""
+    shutil.copytree(trained, tmp_path / "run")
+    name = os.fsencode(tmp_path) + b"/\xc3\xa9\xff.png"
+    try:
+        shutil.copy(pictures / "0.png", name)
+    except OSError:
+        pytest.skip("this disk takes no such name")
+    ascii_alone = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, ROOT / "evaluate.py", tmp_path / "run", "--image", name, "--csv",
+         tmp_path / "out.csv"], capture_output=True,
+        env={**os.environ, **ONE_THREAD, **ascii_alone, "PYTHONIOENCODING": "utf-8:strict"})
+    assert done.returncode == 0, done.stderr
+    assert name in done.stdout and name + b"," in (tmp_path / "out.csv").read_bytes()
 
 
 def test_mean_and_deviation_come_from_the_checkpoint(trained, pictures, tmp_path, capsys):

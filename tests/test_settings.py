@@ -91,7 +91,7 @@ def test_settings_reach_the_model_the_optimizer_and_the_sets(tmp_path, cache, mo
              "--min-votes 2")
     caught = [given_to_fit(train, [*flags.split(), "--seed", seed], tmp_path, cache, monkeypatch)
               for seed in "01"]
-    _, model, optimizer, faces, _, _, extra, _ = caught[1]
+    _, model, optimizer, faces, _, _, _, extra = caught[1]
     assert type(optimizer) is torch.optim.AdamW
     assert {g["weight_decay"] for g in optimizer.param_groups} == {0.0, 0.1}
     assert {g["betas"] for g in optimizer.param_groups} == {(0.9, 0.999)}

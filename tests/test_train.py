@@ -221,7 +221,7 @@ def test_evaluation_prints_text_and_json_and_is_exact_with_two_processes(trained
 
 def test_mean_class_accuracy_leaves_out_classes_that_do_not_occur():
     labels, predicted = torch.tensor([0, 0, 0, 2]), torch.tensor([0, 0, 1, 2])
-    assert train.accuracies(predicted, labels, 4) == pytest.approx((0.75, (2 / 3 + 1) / 2))
+    assert train.accuracies(predicted, labels) == pytest.approx((0.75, (2 / 3 + 1) / 2))
 
 
 def test_a_held_out_share_is_not_trained_on(tmp_path, cache):
@@ -286,7 +286,7 @@ def test_going_on_with_or_judging_by_other_faces_is_refused(pretrained, trained,
         folder = changed(run, tmp_path / script.__name__, faces="others")
         with pytest.raises(InputError, match=OTHER_FACES):
             script.main([*TINY, *flags, "--cache", str(cache), "--out", folder, "--resume"])
-    with pytest.raises(InputError, match=OTHER_FACES):
+    with pytest.raises(InputError, match=f"{tmp_path}/train/last.pt: {OTHER_FACES}"):
         evaluate.evaluate(tmp_path / "train", "test", {"device": "cpu"})
 
 
@@ -444,10 +444,14 @@ def test_imagenet_weights_are_torchvisions(monkeypatch):
     assert encoder.blocks[11].attn.qkv.weight.equal(
         weights["encoder.layers.encoder_layer_11.self_attention.in_proj_weight"])
     smaller = pretrain.build_encoder({**config, "image_size": 112})
-    train.initial_weights(config, smaller)                   # positions are interpolated
+    note = train.initial_weights(config, smaller)
+    assert note.endswith("IMAGENET1K_V1; positions of 196 patches interpolated for 49")
     assert smaller.positions.shape == (1, 50, 768)
     with pytest.raises(InputError, match="weights of another model"):
         train.initial_weights(config, pretrain.build_encoder({**config, "dim": 192}))
+    weights["encoder.pos_embedding"] = torch.zeros(1, 198, 768)      # with a second special token
+    with pytest.raises(InputError, match="positions of 197 patches, which are no square grid"):
+        train.initial_weights(config, smaller)
 
 
 def test_imagenet_weights_of_resnet18_are_torchvisions(monkeypatch):

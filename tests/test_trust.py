@@ -62,7 +62,7 @@ def assert_same_run(a, b):
     """Two run folders hold the same bits."""
     assert read_log(a) == read_log(b)
     a, b = read_state(a), read_state(b)
-    for key in a.keys() - {"config"}:
+    for key in a.keys() - {"config", "starts"}:
         assert key == "log" or same(a[key], b[key]), key
 
 
@@ -77,6 +77,10 @@ def test_a_stage_stopped_in_mid_epoch_and_resumed_is_the_same(script, flags, tmp
     script.main(flags_of(flags, tmp_path / "whole", cache))
     stop_and_resume(script, flags_of(flags, tmp_path / "parts", cache), 18, monkeypatch)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
+    starts = read_state(tmp_path / "parts")["starts"]
+    config = json.loads((tmp_path / "parts/config.json").read_text())
+    assert [s["step"] for s in starts] == [0, 20] and config["earlier"] == starts[:1]
+    assert starts[1].items() <= {**config, "step": 20}.items() and starts[1]["command"]
 
 
 @pytest.mark.parametrize("method", [m for m in train.METHODS if m not in ("rc", "cc", "lw")])
@@ -582,9 +586,18 @@ def test_a_card_is_not_named_for_several_processes(monkeypatch):
             pretrain.start({"device": name, "deterministic": False, "accumulate": 1})
 
 
+def test_a_card_that_is_not_there_is_an_error_though_nobody_named_it(monkeypatch):
+    def no_such_card(device):
+        raise RuntimeError("invalid device ordinal")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", no_such_card)
+    with pytest.raises(InputError, match="--device cuda: cannot be used .invalid device ordinal"):
+        pretrain.start({"device": None, "deterministic": False, "accumulate": 1})
+
+
 def test_pace_counts_the_faces_of_all_processes():
     run = pretrain.Run({"batch_size": 250}, 0, 2, CPU, parts=5)
-    told = pretrain.pace(run, time.time() - 10, done=4, left=4)
+    told = pretrain.pace(run, time.perf_counter() - 10, done=4, left=4)
     assert told["images_per_second"] == pytest.approx(100, rel=0.01) and told["seconds_left"] == 10
 
 
