@@ -1,4 +1,4 @@
-"""Faces and what the crowd said of them: the toy, FERPlus, RAF-DB, AffectNet-7 and AffectNet-8.
+"""Faces and what the crowd said of them: the toy, FERPlus, RAF-DB, AffectNet-7 and -8, your own.
 
 Paper: Sec. 4.1 (data) and 4.2 (size, alignment). Every data set becomes the same thing, `Faces`:
 images as one uint8 array, and for each face the votes, the voted label and its name.
@@ -53,10 +53,10 @@ FERPLUS = "neutral happiness surprise sadness anger disgust fear contempt".split
 RAF = "surprise fear disgust happiness sadness anger neutral".split()
 # data: class names in the official order; stored side in pixels, channels; official counts of each
 # split (FERPlus: rows of its csv; AffectNet: of each class; None, as its training counts differ by
-# release); mean and standard deviation of a channel, pixels in 0 .. 1. Another data set needs an
-# entry here (the keys of counts are its splits, None is unchecked), a layout in TREES and a reader
-# with its branch in `listing`, which leaves out images without a label and names in `sources` each
-# file that its images are made of.
+# release); mean and standard deviation of a channel, pixels in 0 .. 1. "own" is anybody's, whose
+# classes `settle_classes` reads. Another layout needs an entry here (the keys of counts are its
+# splits, None is unchecked), a tree in TREES and a reader with its branch in `listing`, which
+# leaves out images without a label and names in `sources` each file that its images are made of.
 DATA = {
     "toy": dict(classes=AFFECTNET[:7], side=96, channels=3, mean=IMAGENET_MEAN, std=IMAGENET_STD,
                 counts=dict(train=2000, val=500, test=1000)),
@@ -68,6 +68,8 @@ DATA = {
                        std=IMAGENET_STD, counts=dict(train=None, test=500)),
     "affectnet8": dict(classes=AFFECTNET, side=224, channels=3, mean=IMAGENET_MEAN,
                        std=IMAGENET_STD, counts=dict(train=None, test=500)),
+    "own": dict(classes=None, side=224, channels=3, mean=IMAGENET_MEAN, std=IMAGENET_STD,
+                counts=dict(train=None, test=None)),
 }
 TREES = {
     "ferplus": """
@@ -86,6 +88,9 @@ TREES = {
   DIR/training.csv, DIR/validation.csv and the images that they name; or
   DIR/train_set/ and DIR/val_set/, each with
     images/N.jpg  annotations/N_exp.npy  annotations/N_lnd.npy""",
+    "own": """
+  DIR/train.csv and DIR/test.csv with the same columns, and the images that they name:
+    image,CLASS,CLASS,...            a path below DIR, then how many voted for each class""",
 }
 TREES["affectnet8"] = TREES["affectnet7"]
 
@@ -229,9 +234,11 @@ def read_csv(path, columns):
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            missing = [c for c in columns if c not in (reader.fieldnames or [])]
-            if missing:
-                raise InputError(f"{path}: no column {missing[0]!r}; expected {', '.join(columns)}")
+            for c in columns:
+                found = (reader.fieldnames or []).count(c)
+                if found != 1:
+                    raise InputError(f"{path}: {'two columns' if found else 'no column'} {c!r}; "
+                                     f"expected {', '.join(columns)}")
             return list(enumerate(reader, 2))
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8; save it as UTF-8") from None
@@ -460,6 +467,51 @@ def list_affectnet(data, root, split, partial):
                    notes=notes)
 
 
+def settle_classes(flags):
+    """Read the classes of `--data own`, into DATA and, in place, into the flags.
+
+    They are the columns of its train.csv but "image", in their order. Other data sets' are known.
+    """
+    if flags["data"] != "own":
+        return
+    root = Path(flags["data_dir"] or "data/own")
+    table = root / "train.csv"
+    if not table.is_file():
+        raise layout_error("own", root, "there is no train.csv (--data-dir)")
+    read_csv(table, ["image"])                           # names what is wrong with the file
+    with open(table, newline="", encoding="utf-8-sig") as file:
+        header = next(csv.reader(file))
+    header.remove("image")
+    if len(header) < 2 or len(set(header) - {""}) < len(header):
+        raise InputError(f"{table}: the first row must be image and two class names or more, each "
+                         "once")
+    flags["classes"] = DATA["own"]["classes"] = header
+
+
+def list_own(root, split):
+    """Anybody's faces with votes: a csv file for each split; the middle square of each image."""
+    table, classes = root / f"{split}.csv", DATA["own"]["classes"]
+    if not table.is_file():
+        raise layout_error("own", root, f"there is no {table.name}")
+    votes = {}
+    for line, row in read_csv(table, ["image", *classes]):
+        where, name = f"{table}, row {line}", row["image"]
+        if row.keys() - {"image", *classes}:
+            raise InputError(f"{where}: more columns than train.csv's image, {', '.join(classes)}; "
+                             "remove them")
+        if name in votes:
+            raise InputError(f"{where}: {name} has two rows; remove one")
+        inside(root, name, where)
+        votes[name] = [number(row[k], where) for k in classes]
+        if not any(votes[name]):
+            raise InputError(f"{where}: {name} has no votes; remove the row")
+    names = list(votes)
+    labels = [voted_label(v, len(classes), "argmax") for v in votes.values()]
+    return Listing(names, labels, lambda i, side: to_array(read_image(root / names[i], 3), side),
+                   list(votes.values()), sources=[root / n for n in names],
+                   notes=[f"{len(names)} faces of {len(classes)} classes, as {table} says"])
+
+
 def check_count(data, split, found, partial, where):
     """InputError, which names --partial, unless a split has its official size (Sec. 4.1)."""
     official = DATA[data]["counts"][split]
@@ -658,6 +710,8 @@ def listing(data, data_dir, split, convention="argmax", partial=False, align_by=
         found = list_raf(root, split, align_by, partial)
     elif data.startswith("affectnet"):
         found = list_affectnet(data, root, split, partial)
+    elif data == "own":
+        found = list_own(root, split)
     else:
         raise NotImplementedError(f"{data} stands in DATA; its reader has no branch here")
     if not found.names:
@@ -978,6 +1032,7 @@ def main(argv=None):
     add("--out", help="where the contact sheet goes (runs/DATA-SPLIT.png)")
     args = parser.parse_args(argv)
     settle_flags(vars(args))
+    settle_classes(vars(args))
     out = Path(args.out or f"runs/{args.data}-{args.split}.png")
     require_split(args.data, args.split)
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg"):

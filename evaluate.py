@@ -245,6 +245,8 @@ def load_run(path, overrides):
     state = load_checkpoint(path, "train")
     config = {**state["config"], **overrides, "out": str(path.parent)}
     known_to_this_code(path, config)
+    if config["data"] == "own":
+        DATA["own"]["classes"] = state["classes"]
     if state["classes"] != DATA[config["data"]]["classes"]:
         raise InputError(f"{path}: trained on the classes {', '.join(state['classes'])}")
     if not state["log"]:
@@ -755,7 +757,7 @@ def main(argv=None):
             tell(json.dumps(result))
         elif alone:
             tell(f"{path}, epoch {result['epoch']}, {result['data']} {result['split']} split")
-            text = as_text(result, DATA[result["data"]]["classes"], config["revise"])
+            text = as_text(result, list(result["per_class"]), config["revise"])
             tell("\n".join(result["notes"]) + "\n\n" + text)
     if args.json:
         return

@@ -48,8 +48,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets import (InputError, augment, data_flags, load_faces, prepare, settle_flags,
-                      to_picture)
+from datasets import (InputError, augment, data_flags, load_faces, prepare, settle_classes,
+                      settle_flags, to_picture)
 from hog import from_patches, glyphs, hog_targets
 from vit import Block, ViT, initialise, patchify, unpatchify, wave_positions
 
@@ -1009,6 +1009,7 @@ def main(argv=None):
     refuse_idle(vars(args), c, [("decoder_dim decoder_depth decoder_heads",
                                  lambda c: c["encoder"] == "visible", "encoder is visible")])
     c["out"] = c["out"] or f"runs/pretrain-{c['data']}" + "-pixel" * (c["target"] == "pixel")
+    settle_classes(c)
     run = start(c)
     saved = saved_state(run)
     faces = load_split(run, "train")

@@ -30,7 +30,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
-from datasets import DATA, InputError, augment, hold_out, prepare
+from datasets import DATA, InputError, augment, hold_out, prepare, settle_classes
 from decoder import LabelDecoder
 from pll import (candidates_from_votes, cc_loss, contrastive_loss, generate_candidates,
                  initial_confidence, is_revised, lw_loss, lw_weights, move_prototypes,
@@ -637,6 +637,7 @@ def watcher(run, model, faces, held, table):
 def main(argv=None):
     """Train from the command line."""
     c = parse(argv)
+    settle_classes(c)
     run = start(c)
     saved = saved_state(run, kept=("candidates", "confidence", "pico"))
     torch.manual_seed(c["seed"])

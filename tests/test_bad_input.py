@@ -78,6 +78,13 @@ def folders(folder, expression, landmarks=np.ones(136)):
     return ["--data", "affectnet8", "--data-dir", folder, "--partial"]
 
 
+def own(folder, rows="a.png,3,1\n", header="image,joy,grief\n"):
+    """Somebody's own training face, with votes for two classes."""
+    (folder / "train.csv").write_text(header + rows)
+    (folder / "a.png").write_bytes(image("RGB"))
+    return ["--data", "own", "--data-dir", folder]
+
+
 def broken(content, name="fer0000001.png"):
     return lambda folder: ferplus(folder, files={name: content})
 
@@ -114,6 +121,8 @@ NO_DATA = [
     ("no AffectNet", lambda f: ["--data", "affectnet7", "--data-dir", f],
      "TMP: there is neither training.csv nor train_set/images/. Expected for --data affectnet7:"
      + TREES["affectnet7"]),
+    ("no table of one's own", lambda f: ["--data", "own", "--data-dir", f],
+     "TMP: there is no train.csv (--data-dir). Expected for --data own:" + TREES["own"]),
     ("wrong count", lambda f: ferplus(f)[:-1],
      "TMP/fer2013new.csv: 1 faces for the train split, officially 28709; complete the data set, or "
      "say --partial to use it as it is"),
@@ -234,6 +243,27 @@ OTHERS = [
     ("a pickle for a class", lambda f: folders(f, np.array([{"a": 1}], dtype=object)),
      "TMP/train_set/annotations/1_exp.npy: not a class number (Object arrays cannot be loaded when "
      "allow_pickle=False)"),
+    ("own: no column of images", lambda f: own(f, header="name,joy,grief\n"),
+     "TMP/train.csv: no column 'image'; expected image"),
+    ("own: one class", lambda f: own(f, "a.png,3\n", "image,joy\n"),
+     "TMP/train.csv: the first row must be image and two class names or more, each once"),
+    ("own: a class twice", lambda f: own(f, "a.png,3,1,1\n", "image,joy,grief,joy\n"),
+     "TMP/train.csv: the first row must be image and two class names or more, each once"),
+    ("own: images twice", lambda f: own(f, "a.png,3,1,1\n", "image,joy,grief,image\n"),
+     "TMP/train.csv: two columns 'image'; expected image"),
+    ("own: a vote too much", lambda f: own(f, "a.png,3,1,1\n"),
+     "TMP/train.csv, row 2: more columns than train.csv's image, joy, grief; remove them"),
+    ("own: a vote too few", lambda f: own(f, "a.png,3\n"),
+     "TMP/train.csv, row 2: None is not a whole number from 0; correct the row"),
+    ("own: an image twice", lambda f: own(f, "a.png,3,1\na.png,2,2\n"),
+     "TMP/train.csv, row 3: a.png has two rows; remove one"),
+    ("own: no votes", lambda f: own(f, "a.png,0,0\n"),
+     "TMP/train.csv, row 2: a.png has no votes; remove the row"),
+    ("own: an image elsewhere", lambda f: own(f, "../a.png,3,1\n"),
+     "TMP/train.csv, row 2: '../a.png' leaves the data folder; correct the row"),
+    ("own: no such image", lambda f: own(f, "b.png,3,1\n"),
+     "TMP/b.png: no such file; is the data set unpacked completely?"),
+    ("own: no row", lambda f: own(f, ""), "TMP: no face is left in the train split of own"),
     ("a word for a class", lambda f: folders(f, np.array("happy")),
      "TMP/train_set/annotations/1_exp.npy: 'happy' is not a whole number from 0 to 10; correct the "
      "row"),

@@ -8,6 +8,7 @@ import subprocess
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from torch.utils.data import DataLoader
 
 import decoder
@@ -16,7 +17,7 @@ import pretrain
 import train
 from conftest import (CPU, DECODER, ROOT, TINY, TORCHRUN, error_of, read_log, read_state,
                       run_script, two_processes)
-from datasets import InputError, load_faces
+from datasets import DATA, InputError, load_faces
 from pll import initial_confidence, is_revised
 from pretrain import Run
 
@@ -260,6 +261,39 @@ def test_a_runs_commit_says_whether_its_code_was_changed(state, said, tmp_path, 
     pretrain.write_config(pretrain.Run(config, 0, 1, CPU))
     kept = json.loads((tmp_path / "run/config.json").read_text())
     assert kept["commit"] == commit and kept["threads"] == torch.get_num_threads()
+
+
+def own_faces(folder, split, count):
+    """Faces of three classes, each of its own colour, with the votes of five people."""
+    colours = {"joy": (220, 60, 60), "grief": (60, 60, 220), "calm": (60, 220, 60)}
+    rows = ["image,joy,grief,calm"]
+    for i in range(count):
+        name, colour = list(colours.items())[i % 3]
+        Image.new("RGB", (20, 24), colour).save(folder / f"{split}-{i}.png")
+        rows.append(f"{split}-{i}.png," + ",".join(str(4 if n == name else i % 2) for n in colours))
+    (folder / f"{split}.csv").write_text("\n".join(rows) + "\n")
+
+
+def test_faces_of_ones_own_go_through_both_stages_and_the_evaluation(tmp_path, capsys):
+    own_faces(tmp_path, "train", 60), own_faces(tmp_path, "test", 12)
+    data = ["--data", "own", "--data-dir", str(tmp_path), "--cache", str(tmp_path / "c")]
+    flags = [*data, *TINY, "--batch-size", "20", "--workers", "0", "--out"]
+    pretrain.main([*flags, str(tmp_path / "mim"), *DECODER])
+    more = [str(tmp_path / "run"), "--init", str(tmp_path / "mim"), "--epochs", "20", "--lr",
+            "0.01", "--warmup-revision", "2", "--dropout", "0"]
+    train.main([*flags, *more])
+    state = read_state(tmp_path / "run")
+    assert state["classes"] == state["config"]["classes"] == ["joy", "grief", "calm"]
+    assert state["candidates"].sum(dim=1).tolist() == [1, 3] * 30
+    DATA["own"]["classes"] = None                          # as in a new process
+    result, *_ = evaluate.evaluate(tmp_path / "run", "test", {"device": "cpu"})
+    assert result["accuracy"] == 1 and list(result["per_class"]) == ["joy", "grief", "calm"]
+    evaluate.main([str(tmp_path / "run"), "--image", str(tmp_path / "test-1.png")])
+    assert capsys.readouterr().out.splitlines()[-5].split()[0] == "grief"
+    table = tmp_path / "train.csv"                         # the same votes in another order
+    table.write_text(table.read_text().replace("joy,grief", "grief,joy"))
+    with pytest.raises(InputError, match=r"classes was \['joy', .*, is \['grief', "):
+        train.main([*flags, *more, "--resume"])
 
 
 def changed(run, path, **what):
