@@ -933,6 +933,10 @@ def close_epoch(run, state, record, end_of_epoch):
     state["sums"] = {}
     say(run, f"epoch {record['epoch']}/{run.config['epochs']}  " + "  ".join(
         f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"))
+    if record["epoch"] == run.config["epochs"] and \
+            record.get("pll", record["loss"]) >= record["trivial"]:
+        say(run, "warning: nothing was learned, the loss is not below a constant answer's (trivial)"
+                 "; try more epochs, or half or double --lr")
 
 
 def pace(run, begin, done, left):

@@ -601,6 +601,18 @@ def test_pace_counts_the_faces_of_all_processes():
     assert told["images_per_second"] == pytest.approx(100, rel=0.01) and told["seconds_left"] == 10
 
 
+@pytest.mark.parametrize("record, warned", [
+    (dict(epoch=2, loss=0.5, trivial=0.5), True), (dict(epoch=2, loss=0.4, trivial=0.5), False),
+    (dict(epoch=1, loss=0.5, trivial=0.5), False),                    # not the last one
+    (dict(epoch=2, loss=6.0, pll=1.9, trivial=2.0), False),           # with Eq. 3 beside it
+    (dict(epoch=2, loss=6.0, pll=2.1, trivial=2.0), True)])
+def test_the_last_epoch_says_if_nothing_was_learned(record, warned, capsys):
+    state = {"log": [], "sums": {"loss": 1}}
+    pretrain.close_epoch(pretrain.Run({"epochs": 2}, 0, 1, CPU), state, record, dict)
+    assert ("warning: nothing was learned" in capsys.readouterr().out) == warned
+    assert state == {"log": [record], "sums": {}}
+
+
 def test_an_epoch_tells_how_long_is_left_and_where_time_goes(trained):
     for line, left in zip((trained / "log.jsonl").read_text().splitlines(), (True, False)):
         record = json.loads(line)
