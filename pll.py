@@ -203,14 +203,22 @@ def lw_weights(logits, candidates):
     return inside + outside
 
 
-def lw_loss(logits, candidates, weights, beta=1.0):
-    """LW with the sigmoid loss l(g) = 1 / (1 + e^g), the mean over the batch in fp32.
+def lw_loss(logits, candidates, weights, beta=1.0, kind="sigmoid"):
+    """LW's loss, the mean over the batch in fp32.
 
-    Sum over candidates of w_j l(g_j), plus beta times the sum over the others of w_j l(-g_j).
+    Sum over candidates of w_j inside_j, plus beta times the sum over the others of w_j outside_j.
+    kind "sigmoid": sigmoid(-g_j) and sigmoid(g_j) of the logits g; "ce" (cross-entropy): -log
+    zeta_j and -log(1 - zeta_j).
     """
-    wanted = torch.where(candidates, logits.float(), -logits.float())     # g inside, -g outside
-    factor = torch.where(candidates, 1.0, beta)
-    return (factor * weights * torch.sigmoid(-wanted)).sum(dim=1).mean()
+    g = logits.float()
+    if kind == "sigmoid":
+        inside, outside = torch.sigmoid(-g), torch.sigmoid(g)             # (B, K) each
+    else:
+        itself = torch.eye(g.shape[1], dtype=torch.bool, device=g.device)
+        others = g[:, None].expand(-1, g.shape[1], -1).masked_fill(itself, -math.inf)   # (B, K, K)
+        total = g.logsumexp(dim=1, keepdim=True)                          # (B, 1)
+        inside, outside = total - g, total - others.logsumexp(dim=2)      # (B, K) each
+    return (weights * torch.where(candidates, inside, beta * outside)).sum(dim=1).mean()
 
 
 # -------------------------------------------------------------------------------------------- PiCO

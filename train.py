@@ -75,6 +75,7 @@ SETTINGS = {
     "threshold": (0.1, 0.1, 0.0, 0.9999, "lead of the first label that makes it the only one"),
     "warmup_revision": (20, 5, 0, 100_000,
                         "epochs before the first revision (PiCO: before its prototypes act)"),
+    "lw_loss": ("sigmoid", "sigmoid", ("sigmoid", "ce"), None, "the loss that LW weights"),
     "lw_beta": (1.0, 1.0, 0.0, 100.0, "weight of the non-candidates in LW"),
     "queue": (8192, 1024, 1, 1_000_000, "earlier keys that PiCO compares with"),
     "val": (0.0, 0.0, 0.0, 0.9, "share of the training set that is held out for validation"),
@@ -114,7 +115,7 @@ NEEDS = (
      "revise is True or loss is pico"),
     ("candidates min_votes", lambda c: c["loss"] not in ("ce", "soft"), "the loss is of sets"),
     ("prior", lambda c: c["loss"] in ("pll", "rc", "pico"), "loss is pll, rc or pico"),
-    ("lw_beta", lambda c: c["loss"] == "lw", "loss is lw"),
+    ("lw_loss lw_beta", lambda c: c["loss"] == "lw", "loss is lw"),
     ("queue", lambda c: c["loss"] == "pico", "loss is pico"),
     ("patch_size dim depth heads layer_decay drop_path", lambda c: c["model"] == "vit",
      "model is vit"),
@@ -490,7 +491,7 @@ def objective(c, logits, confidence, candidates, revising):
     if c["loss"] == "cc":
         return cc_loss(logits, candidates), confidence
     if c["loss"] == "lw":
-        return (lw_loss(logits, candidates, confidence, c["lw_beta"]),
+        return (lw_loss(logits, candidates, confidence, c["lw_beta"], c["lw_loss"]),
                 lw_weights(logits, candidates))
     if c["loss"] == "rc":
         return pll_loss(logits, confidence), rc_update(logits, candidates)

@@ -402,19 +402,25 @@ def slow_lw_weights(logits, Y):
             for j in range(len(Y))]
 
 
-def slow_lw_loss(g, Y, w, beta):
-    """LW, one sample: sum over Y of w_j l(g_j) + beta * sum over the others of w_j l(-g_j)."""
-    l = lambda z: (1 / (1 + exp(z))).item()                 # the sigmoid loss
-    return sum(w[j] * l(g[j]) if Y[j] else beta * w[j] * l(-g[j]) for j in range(len(Y)))
+def slow_lw_loss(g, Y, w, beta, kind):
+    """LW, one sample: sum over Y of w_j inside_j + beta * sum over the others of w_j outside_j."""
+    if kind == "sigmoid":
+        inside, outside = [[(1 / (1 + exp(s * z))).item() for z in g] for s in (1, -1)]
+    else:                                                   # cross-entropy with and without j
+        zeta = softmax(g)
+        inside, outside = [-log(z).item() for z in zeta], [-log(1 - z).item() for z in zeta]
+    return sum(w[j] * inside[j] if Y[j] else beta * w[j] * outside[j] for j in range(len(Y)))
 
 
+@pytest.mark.parametrize("kind", ["sigmoid", "ce"])
 @pytest.mark.parametrize("beta", [1.0, 2.0])
-def test_lw_equals_its_slow_twin(beta):
+def test_lw_equals_its_slow_twin(beta, kind):
     Y, _, logits = random_problem()
     w = [slow_lw_weights(z, y) for z, y in zip(logits.double(), Y)]
-    slow = sum(slow_lw_loss(z, y, w_i, beta) for z, y, w_i in zip(logits.double(), Y, w)) / len(Y)
+    slow = sum(slow_lw_loss(*row, beta, kind) for row in zip(logits.double(), Y, w)) / len(Y)
     torch.testing.assert_close(lw_weights(logits, Y), torch.tensor(w))
-    assert lw_loss(logits, Y, lw_weights(logits, Y), beta).item() == pytest.approx(slow, rel=1e-5)
+    loss = lw_loss(logits, Y, lw_weights(logits, Y), beta, kind)
+    assert loss.item() == pytest.approx(slow, rel=1e-5)
 
 
 # ---------------------------------------------------------------------------------- PiCO of Table 1

@@ -449,8 +449,10 @@ def test_what_the_rivals_minimise_and_what_they_keep_for_the_next_visit():
     assert loss == cc_loss(logits, candidates) and after is C
     weights = train.make_confidence(dict(loss="lw", prior="uniform", data="toy"),
                                     faces_with([0] * len(C)), candidates)
-    loss, after = train.objective(dict(loss="lw", lw_beta=2.0), logits, weights, candidates, False)
-    assert loss == lw_loss(logits, candidates, weights, 2.0)
+    for kind in ("sigmoid", "ce"):
+        c = dict(loss="lw", lw_beta=2.0, lw_loss=kind)
+        loss, after = train.objective(c, logits, weights, candidates, False)
+        assert loss == lw_loss(logits, candidates, weights, 2.0, kind)
     assert after.equal(lw_weights(logits, candidates))
 
 

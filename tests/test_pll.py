@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pll import (candidates_from_votes, cc_loss, generate_candidates, initial_confidence,
-                 is_revised, largest_lead, lw_weights, moving_confidence, pll_loss,
+                 is_revised, largest_lead, lw_loss, lw_weights, moving_confidence, pll_loss,
                  prototype_labels, rc_update, revise, simplex, target_loss, transition,
                  uniform_loss, uniform_optimum, uniform_transition)
 
@@ -184,6 +184,18 @@ def test_ccs_gradient_is_that_of_eq2_with_rcs_confidence_of_the_same_logits():
 def test_lw_weights_of_a_full_set_are_finite():
     weights = lw_weights(torch.randn(3, 7), torch.ones(3, 7, dtype=torch.bool))
     torch.testing.assert_close(weights.sum(1), torch.ones(3))
+
+
+def test_lw_with_cross_entropy_has_a_gradient_where_the_sigmoid_has_none():
+    """Of a label that the network is sure not to be, as of one that it is sure to be."""
+    candidates = torch.tensor([[True, False, False], [True, False, False]])
+    for kind, least in (("sigmoid", 0.0), ("ce", 0.9)):
+        logits = torch.tensor([[-200.0, 0.0, 0.0], [0.0, 200.0, 0.0]], requires_grad=True)
+        loss = lw_loss(logits, candidates, lw_weights(logits, candidates), kind=kind)
+        gradient, = torch.autograd.grad(loss, logits)
+        assert loss.isfinite() and gradient.isfinite().all()
+        wrong = torch.stack([-gradient[0, 0], gradient[1, 1]])
+        assert (wrong * len(logits) >= least).all() and (wrong.sum() > 0) == (kind == "ce")
 
 
 def sphere(n, d=5):

@@ -162,7 +162,7 @@ def test_the_paper_column_of_the_settings():
         epochs=100, batch_size=320, lr=1e-4, layer_decay=0.65, warmup_epochs=20, weight_decay=0.05,
         clip=1.0, drop_path=0.1, dropout=0.1, crop_scale=0.5, degrees=15.0, light=0.3, erase=0.25,
         min_votes=1, uniform="queries", uniform_weight=1.0, tau=0.25, threshold=0.1,
-        warmup_revision=20, lw_beta=1.0, queue=8192, val=0.0)
+        warmup_revision=20, lw_loss="sigmoid", lw_beta=1.0, queue=8192, val=0.0)
     assert train.PICO == dict(width=128, encoder_momentum=0.999, start=0.95, end=0.8, weight=0.5)
 
 

@@ -436,6 +436,7 @@ def test_losses_are_fp32_under_autocast_and_of_16_bit_logits():
         "Eq. 4": lambda x: top2(soft, x)[0], "Eq. 5": lambda x: revise(soft, x, 0.1),
         "rc": lambda x: rc_update(x, sets), "cc": lambda x: cc_loss(x, sets),
         "lw": lambda x: lw_loss(x, sets, lw_weights(x, sets)),
+        "lw, ce": lambda x: lw_loss(x, sets, lw_weights(x, sets), kind="ce"),
         "pico": lambda x: contrastive_loss(x, x, torch.eye(6, dtype=torch.bool))}
     rounded = logits.bfloat16()
     for name, value in values.items():
