@@ -342,10 +342,10 @@ def test_a_setting_that_one_side_does_not_know_makes_no_row_of_its_own_by_silenc
 
 @pytest.mark.parametrize("key", ["method", "data"])
 def test_a_kept_run_of_a_row_that_is_not_known_here_is_an_error(key, tmp_path):
-    for name, text in (("config.json", json.dumps({"method": "ours", "data": "toy", key: "own"})),
+    for name, text in (("config.json", json.dumps({"method": "ours", "data": "toy", key: "other"})),
                        ("log.jsonl", "{}\n"), ("test.json", "{}")):
         (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match="'own'.*: this code has no such row or data set"):
+    with pytest.raises(InputError, match="'other'.*: this code has no such row or data set"):
         evaluate.evaluate(tmp_path, "test", {})
 
 
