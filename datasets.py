@@ -264,6 +264,15 @@ def inside(root, name, where):
     return root / name
 
 
+def votes_of(root, name, row, columns, where):
+    """The votes of an image's row in these columns; one at least, and the image below `root`."""
+    inside(root, name, where)
+    votes = [number(row[k], where) for k in columns]
+    if not any(votes):
+        raise InputError(f"{where}: {name} has no votes; remove the row")
+    return votes
+
+
 def layout_error(data, data_dir, found):
     """The error for a missing or wrong layout, with the expected tree drawn."""
     return InputError(f"{data_dir}: {found}. Expected for --data {data}:{TREES[data]}")
@@ -335,10 +344,7 @@ def list_ferplus(root, split, convention, partial):
         nameless, repeated = nameless + (not name), repeated + (name in votes)
         if name:
             where = f"{table}, row {line}"
-            inside(root, name, where)
-            votes[name], line_of[name] = [number(row[k], where) for k in kinds], line
-            if not any(votes[name]):
-                raise InputError(f"{where}: {name} has no votes; remove the row")
+            votes[name], line_of[name] = votes_of(root, name, row, kinds, where), line
     labels = {name: voted_label(v, 8, convention) for name, v in votes.items()}
     names = [name for name in votes if labels[name] is not None]
 
@@ -501,10 +507,7 @@ def list_own(root, split):
                              "remove them")
         if name in votes:
             raise InputError(f"{where}: {name} has two rows; remove one")
-        inside(root, name, where)
-        votes[name] = [number(row[k], where) for k in classes]
-        if not any(votes[name]):
-            raise InputError(f"{where}: {name} has no votes; remove the row")
+        votes[name] = votes_of(root, name, row, classes, where)
     names = list(votes)
     labels = [voted_label(v, len(classes), "argmax") for v in votes.values()]
     return Listing(names, labels, lambda i, side: to_array(read_image(root / names[i], 3), side),
