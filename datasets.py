@@ -47,10 +47,10 @@ class InputError(Exception):
 
 # Pillow refuses images of twice the pixels that it warns of.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AFFECTNET = "neutral happiness sadness surprise fear disgust anger contempt".split()
 FERPLUS = "neutral happiness surprise sadness anger disgust fear contempt".split()
 RAF = "surprise fear disgust happiness sadness anger neutral".split()
+_rgb = dict(channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))   # ImageNet's
 # data: class names in the official order; stored side in pixels, channels; official counts of each
 # split (FERPlus: rows of its csv; AffectNet: of each class; None, as its training counts differ by
 # release); mean and standard deviation of a channel, pixels in 0 .. 1. "own" is anybody's, whose
@@ -58,18 +58,13 @@ RAF = "surprise fear disgust happiness sadness anger neutral".split()
 # splits, None is unchecked), a tree in TREES and a reader with its branch in `listing`, which
 # leaves out images without a label and names in `sources` each file that its images are made of.
 DATA = {
-    "toy": dict(classes=AFFECTNET[:7], side=96, channels=3, mean=IMAGENET_MEAN, std=IMAGENET_STD,
-                counts=dict(train=2000, val=500, test=1000)),
+    "toy": dict(_rgb, classes=AFFECTNET[:7], side=96, counts=dict(train=2000, val=500, test=1000)),
     "ferplus": dict(classes=FERPLUS, side=48, channels=1, mean=(0.508,) * 3, std=(0.255,) * 3,
                     counts=dict(train=28_709, val=3_589, test=3_589)),
-    "raf": dict(classes=RAF, side=224, channels=3, mean=IMAGENET_MEAN, std=IMAGENET_STD,
-                counts=dict(train=12_271, test=3_068)),
-    "affectnet7": dict(classes=AFFECTNET[:7], side=224, channels=3, mean=IMAGENET_MEAN,
-                       std=IMAGENET_STD, counts=dict(train=None, test=500)),
-    "affectnet8": dict(classes=AFFECTNET, side=224, channels=3, mean=IMAGENET_MEAN,
-                       std=IMAGENET_STD, counts=dict(train=None, test=500)),
-    "own": dict(classes=None, side=224, channels=3, mean=IMAGENET_MEAN, std=IMAGENET_STD,
-                counts=dict(train=None, test=None)),
+    "raf": dict(_rgb, classes=RAF, side=224, counts=dict(train=12_271, test=3_068)),
+    "affectnet7": dict(_rgb, classes=AFFECTNET[:7], side=224, counts=dict(train=None, test=500)),
+    "affectnet8": dict(_rgb, classes=AFFECTNET, side=224, counts=dict(train=None, test=500)),
+    "own": dict(_rgb, classes=None, side=224, counts=dict(train=None, test=None)),
 }
 TREES = {
     "ferplus": """
@@ -311,12 +306,10 @@ def kaggle_rows(pixels, table, rows):
 def kaggle_image(text, where):
     """48 x 48 numbers in a cell of fer2013.csv -> PIL "L"."""
     try:
-        values = np.array((text or "").split(), dtype=np.int64)
+        values = bytes(map(int, (text or "").split()))               # ValueError outside 0 .. 255
+        return Image.fromarray(np.frombuffer(values, np.uint8).reshape(48, 48))
     except ValueError:
-        values = np.zeros(0)
-    if values.size != 48 * 48 or values.min() < 0 or values.max() > 255:
-        raise InputError(f"{where}: not 48 x 48 numbers from 0 to 255")
-    return Image.fromarray(values.reshape(48, 48).astype(np.uint8))
+        raise InputError(f"{where}: not 48 x 48 numbers from 0 to 255") from None
 
 
 def list_ferplus(root, split, convention, partial):
@@ -334,17 +327,13 @@ def list_ferplus(root, split, convention, partial):
         folder = None
     kinds = DATA["ferplus"]["classes"] + ["unknown", "NF"]
     rows = read_csv(table, ["Usage", "Image name"] + kinds)
-    check_count("ferplus", split, sum(r["Usage"] == usage for _, r in rows), partial, table)
+    mine = [(line, row, row["Image name"]) for line, row in rows if row["Usage"] == usage]
+    check_count("ferplus", split, len(mine), partial, table)
     images = None if folder else kaggle_rows(pixels, table, rows)
-    votes, line_of, nameless, repeated = {}, {}, 0, 0    # of each name; a later row replaces
-    for line, row in rows:
-        if row["Usage"] != usage:
-            continue
-        name = row["Image name"]
-        nameless, repeated = nameless + (not name), repeated + (name in votes)
-        if name:
-            where = f"{table}, row {line}"
-            votes[name], line_of[name] = votes_of(root, name, row, kinds, where), line
+    named = [each for each in mine if each[2]]
+    line_of = {name: line for line, _, name in named}    # a later row of a name replaces
+    votes = {name: votes_of(root, name, row, kinds, f"{table}, row {line}")
+             for line, row, name in named}
     labels = {name: voted_label(v, 8, convention) for name, v in votes.items()}
     names = [name for name in votes if labels[name] is not None]
 
@@ -356,8 +345,8 @@ def list_ferplus(root, split, convention, partial):
 
     none = " or there is none" * (convention == "majority")
     notes = [f"{len(names)} faces of {len(votes)} images; the {convention} label of "
-             f"{len(votes) - len(names)} is unknown or no face{none} ({nameless} rows without "
-             f"image, {repeated} repeated)"]
+             f"{len(votes) - len(names)} is unknown or no face{none} "
+             f"({len(mine) - len(named)} rows without image, {len(named) - len(votes)} repeated)"]
     return Listing(names, [labels[n] for n in names], read, [votes[n][:8] for n in names],
                    sources=[folder / n for n in names] if images is None else [pixels, table],
                    notes=notes)
@@ -798,11 +787,7 @@ def load_faces(data, data_dir, split, image_size, convention="argmax", partial=F
     """A split as `Faces`; images are stored at image_size, or at the side in DATA if it is less."""
     found = listing(data, data_dir, split, convention, partial, align_by)
     side = min(image_size, DATA[data]["side"])
-    return as_faces(found, data, split, memory_map(found, data, split, side, cache))
-
-
-def as_faces(found, data, split, images):
-    """A listing with its images (n, C, S, S) as `Faces`."""
+    images = memory_map(found, data, split, side, cache)                   # (n, C, side, side)
     votes = None if found.votes is None else torch.tensor(np.array(found.votes)).float()
     truth = None if found.truth is None else torch.tensor(found.truth)
     return Faces(data, split, images, torch.tensor(found.labels), found.names, votes, truth,
@@ -847,11 +832,9 @@ def as_picture(image):
 
 
 def to_picture(x, data):
-    """Undo `normalise`: one image (3, H, H) -> PIL RGB."""
-    std, mean = (torch.tensor(DATA[data][k], device=x.device)[:, None, None] for k in
-                 ("std", "mean"))
-    pixels = (x * std + mean).clamp(0, 1) * 255                    # (3, H, H)
-    return Image.fromarray(pixels.round().byte().permute(1, 2, 0).cpu().numpy())
+    """Undo `normalise`: one image (3, H, H), on the CPU, -> PIL RGB."""
+    mean, std = (torch.tensor(DATA[data][k])[:, None, None] for k in ("mean", "std"))
+    return as_picture(((x * std + mean).clamp(0, 1) * 255).round().byte())
 
 
 def augment(images, u, size, data, scale=0.5, degrees=0.0, light=0.0, erase=0.0):
@@ -908,27 +891,26 @@ def erased(u, size):
 
 # ---------------------------------------------------------------------------------------- pictures
 
-def contact_sheet(faces):
-    """A picture of faces with the voted label and each class's share of the votes: PIL RGB."""
+def contact_sheet(found, data, rows):
+    """These faces of a listing with the voted label and each class's share of the votes: PIL RGB."""
     columns, side, gap = 8, 180, 16
-    classes, height = DATA[faces.data]["classes"], side + 110
-    rows, font = math.ceil(len(faces) / columns), ImageFont.load_default
-    size = (columns * (side + gap) + gap, rows * height + 60)
-    sheet = Image.new("RGB", size, "white")
+    classes, height, font = DATA[data]["classes"], side + 110, ImageFont.load_default
+    bottom = math.ceil(len(rows) / columns) * height
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, bottom + 60), "white")
     draw = ImageDraw.Draw(sheet)
-    for i in range(len(faces)):
-        x, y = i % columns * (side + gap) + gap, i // columns * height + 10
-        face = as_picture(faces[[i]][0])
+    for k, i in enumerate(rows):
+        x, y = k % columns * (side + gap) + gap, k // columns * height + 10
+        face = as_picture(torch.tensor(found.read(i, DATA[data]["side"])))
         sheet.paste(face.resize((side, side), Image.Resampling.BICUBIC), (x, y))
-        draw.text((x, y + side + 2), classes[faces.labels[i]], "firebrick", font(22))
-        if faces.votes is not None:
-            step, votes = side / len(classes), faces.votes[i] / faces.votes[i].sum()
-            for c, v in enumerate(votes.tolist()):
+        draw.text((x, y + side + 2), classes[found.labels[i]], "firebrick", font(22))
+        if found.votes is not None:
+            step, votes = side / len(classes), torch.tensor(found.votes[i]).float()   # (K,)
+            for c, v in enumerate((votes / votes.sum()).tolist()):
                 left, floor = x + c * step, y + side + 80
                 draw.rectangle([left, floor - 48 * v, left + 0.75 * step, floor],
-                               "firebrick" if c == faces.labels[i] else "grey")
+                               "firebrick" if c == found.labels[i] else "grey")
                 draw.text((left + 0.37 * step, floor + 4), classes[c][:2], "black", font(13), "mt")
-    draw.text((gap, rows * height + 20), "red: the voted label; bars: share of the votes for " +
+    draw.text((gap, bottom + 20), "red: the voted label; bars: share of the votes for " +
               ", ".join(f"{name[:2]} = {name}" for name in classes), "black", font(20))
     return sheet
 
@@ -948,14 +930,13 @@ def statistics(data, found):
     most = max(c.max() for c in counts.values())
     draw.text((40, 20), f"{data}: faces of each voted label", "black", font(26))
     for k, name in enumerate(classes):
-        y = 90 + 62 * k
-        draw.text((160, y + 24), name, "black", font(22), "rm")
-        for j, (s, shade) in enumerate(zip(counts, ("firebrick", "steelblue", "grey"))):
-            length = 330 * counts[s][k] / most
-            draw.rectangle((170, y + 17 * j, 170 + length, y + 17 * j + 13), shade)
-            draw.text((176 + length, y + 17 * j + 7), str(counts[s][k]), "black", font(16), "lm")
+        draw.text((160, 114 + 62 * k), name, "black", font(22), "rm")
     for j, (s, shade) in enumerate(zip(counts, ("firebrick", "steelblue", "grey"))):
         draw.text((170 + 130 * j, 110 + 62 * len(classes)), s, shade, font(22))
+        for k, count in enumerate(counts[s]):
+            y, length = 90 + 62 * k + 17 * j, 330 * count / most
+            draw.rectangle((170, y, 170 + length, y + 13), shade)
+            draw.text((176 + length, y + 7), str(count), "black", font(16), "lm")
     if listed.votes is None:
         return sheet
     votes = np.array(listed.votes, float)                                   # (n, K)
@@ -1047,14 +1028,13 @@ def main(argv=None):
     lines, problems, listings = check(args.data, args.data_dir, args.labels, args.partial,
                                       args.align)
     print("\n".join(lines))
-    if args.split in listings and listings[args.split][1]:
-        found, readable = listings[args.split]
-        images = np.stack([found.read(i, DATA[args.data]["side"]) for i in readable[:64]])
-        faces = as_faces(found, args.data, args.split, images).subset(torch.tensor(readable[:64]))
-        save(contact_sheet(replace(faces, rows=None)), out)            # `images` are of these alone
+    found, readable = listings.get(args.split, (None, []))
+    if readable:
+        save(contact_sheet(found, args.data, readable[:64]), out)
         print(f"contact sheet: {out}")
         if args.data == "toy":                                   # the others' are files as it is
-            save(as_picture(torch.from_numpy(images[0])), out.with_name("toy-face.png"))
+            face = torch.tensor(found.read(readable[0], DATA["toy"]["side"]))
+            save(as_picture(face), out.with_name("toy-face.png"))
     if listings:
         chart = out.with_name(f"{args.data}-statistics.png")
         save(statistics(args.data, {split: f for split, (f, _) in listings.items()}), chart)

@@ -538,14 +538,14 @@ def disambiguation(faces, candidates, confidence, predicted, classes):
 
 
 @torch.no_grad()
-def attention_of(model, run, images, names, titles, about):
-    """Attention picture of images uint8 (n, C, S, S): PIL RGB; about has their mean and std."""
-    x = normalise(resize(images.to(run.device), run.config["image_size"]), about)
+def attention_of(model, run, state, images, titles):
+    """Attention picture of images uint8 (n, C, S, S): PIL RGB; classes, mean, std are state's."""
+    x = normalise(resize(images.to(run.device), run.config["image_size"]), state)
     with autocast(run):
         tokens = model.encoder(x)[:, 1:]                                   # (n, HW, d)
         logits, maps = model.head(tokens, need_attention=True)             # (n, K) and the maps
     zeta = logits.float().softmax(1).cpu()
-    return attention_picture([as_picture(f) for f in images], maps, zeta, names, titles)
+    return attention_picture([as_picture(f) for f in images], maps, zeta, state["classes"], titles)
 
 
 def pictures(run, model, state, faces, logits, result, known, answers):
@@ -563,8 +563,7 @@ def pictures(run, model, state, faces, logits, result, known, answers):
         first = np.unique(faces.labels, return_index=True)[1].tolist()      # of each class
         titles = [[f"voted {classes[faces.labels[i]]}", f"said {classes[logits[i].argmax()]}"]
                   for i in first]
-        made[f"attention-{faces.split}"] = attention_of(model, run, faces[first], classes, titles,
-                                                        state)
+        made[f"attention-{faces.split}"] = attention_of(model, run, state, faces[first], titles)
         torch.manual_seed(c["seed"])                     # as train.main began
         before = build_model(c).head.queries.detach()
         after = model.head.queries.detach().cpu()
@@ -688,9 +687,8 @@ def recognise_files(args, overrides):
     if args.csv or args.folder:
         write_rows(args.csv, [["image", "label", "candidates", *classes], *rows])
     if shown and run.config["head"] == "decoder":
-        picture = attention_of(model, run, torch.stack([image for _, image, _ in shown]), classes,
-                               [[path.name[:16], f"said {label}"] for path, _, label in shown],
-                               state)
+        picture = attention_of(model, run, state, torch.stack([image for _, image, _ in shown]),
+                               [[path.name[:16], f"said {label}"] for path, _, label in shown])
         say(run, save_pictures(run.out / "pictures", {"attention-of-images": picture}))
     if len(rows) < len(paths):
         raise Stopped(f"{len(paths) - len(rows)} of {len(paths)} pictures could not be read")

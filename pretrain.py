@@ -818,9 +818,8 @@ def not_finite(run, loss, step, lr, faces, indices):
         f"loss {loss.item()} in process {run.rank} of {run.world} at step {step}, learning rate "
         f"{lr:.3g}, faces {', '.join(faces.names[i] for i in indices)}; {run.out / 'last.pt'} is "
         "the last good checkpoint: look at these faces, or try a smaller --lr")
-    found = [mine]
+    found = [mine] * run.world
     if run.world > 1:            # whichever is ended first by torchrun, the cause has been printed
-        found = [None] * run.world
         dist.all_gather_object(found, mine)
     return Stopped(next(text for text in found if text))
 

@@ -189,6 +189,9 @@ TABLES = [
     ("Kaggle's with large pixels", lambda f: ferplus(f, kaggle=[
         [0, " ".join(["256"] * 2304), "Training"]]),
      "TMP/fer2013.csv, row 2: not 48 x 48 numbers from 0 to 255"),
+    ("Kaggle's with pixels beyond 64 bits", lambda f: ferplus(f, kaggle=[
+        [0, " ".join([str(2 ** 70)] * 2304), "Training"]]),
+     "TMP/fer2013.csv, row 2: not 48 x 48 numbers from 0 to 255"),
 ]
 LIST = "TMP/basic/EmoLabel/list_patition_label.txt"
 OTHERS = [
