@@ -153,7 +153,9 @@ def read_image(path, channels):
     except Image.DecompressionBombError:
         most = 2 * Image.MAX_IMAGE_PIXELS
         raise InputError(f"{path}: more than {most} pixels; shrink it") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except InputError:
+        raise
+    except Exception as error:                           # of damaged files Pillow says anything
         raise InputError(f"{path}: not a readable image ({error}); fetch it again") from None
 
 
@@ -211,7 +213,10 @@ def five_points(landmarks):
 
 # ---------------------------------------------------------------------------------------- readers
 
-def number(text, where, low=0, high=math.inf, whole=True):
+MOST = 1e9                                               # no honest count of votes is above it
+
+
+def number(text, where, low=0, high=MOST, whole=True):
     """Parse a number in low .. high, or say which row is wrong."""
     try:
         value = float(text)
@@ -219,25 +224,32 @@ def number(text, where, low=0, high=math.inf, whole=True):
         value = math.nan
     if not (low <= value <= high and math.isfinite(value)) or (whole and not value.is_integer()):
         kind = "a whole number" if whole else "a number"
-        limits = f"from {low}" + ("" if high == math.inf else f" to {high}")
+        limits = f"from {low}" + ("" if high == MOST else f" to {high}")
         raise InputError(f"{where}: {text!r} is not {kind} {limits}; correct the row")
     return int(value) if whole else value
 
 
 def read_csv(path, columns):
     """Rows of a csv file as (row number, dict); InputError if a column is missing."""
+    line, rows = 0, []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, strict=True)
             for c in columns:
                 found = (reader.fieldnames or []).count(c)
                 if found != 1:
                     raise InputError(f"{path}: {'two columns' if found else 'no column'} {c!r}; "
                                      f"expected {', '.join(columns)}")
-            return list(enumerate(reader, 2))
+            line = 1
+            for line, row in enumerate(reader, 2):
+                rows.append((line, row))
+            return rows
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8; save it as UTF-8") from None
-    except (OSError, csv.Error) as error:
+    except csv.Error as error:
+        raise InputError(f"{path}, row {line + 1}: not readable ({error}); is a quotation mark "
+                         "left open?") from None
+    except OSError as error:
         raise InputError(f"{path}: not a readable csv file ({error})") from None
 
 
@@ -253,7 +265,9 @@ def read_rows(path):
 
 
 def inside(root, name, where):
-    """The path of `name` below `root`; a name that leaves the data folder is an InputError."""
+    """The path of `name` below `root`; InputError for none, or one that leaves the data folder."""
+    if not name:
+        raise InputError(f"{where}: no image is named; correct the row")
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise InputError(f"{where}: {name!r} leaves the data folder; correct the row")
     return root / name
@@ -314,8 +328,8 @@ def kaggle_image(text, where):
 
 def list_ferplus(root, split, convention, partial):
     """FERPlus from its folders, or from Kaggle's fer2013.csv; votes from fer2013new.csv."""
-    subset, usage = {"train": ("FER2013Train", "Training"), "val": ("FER2013Valid", "PublicTest"),
-                     "test": ("FER2013Test", "PrivateTest")}[split]
+    usages = {"train": "Training", "val": "PublicTest", "test": "PrivateTest"}
+    subset = {"train": "FER2013Train", "val": "FER2013Valid", "test": "FER2013Test"}[split]
     places = root, root / "data"     # the authors' repository has its table in DIR, folders in data
     find = lambda pattern: next((path for place in places for path in place.glob(pattern)), None)
     table, pixels, folder = find("fer2013new.csv"), find("fer2013.csv"), find(subset)
@@ -327,7 +341,14 @@ def list_ferplus(root, split, convention, partial):
         folder = None
     kinds = DATA["ferplus"]["classes"] + ["unknown", "NF"]
     rows = read_csv(table, ["Usage", "Image name"] + kinds)
-    mine = [(line, row, row["Image name"]) for line, row in rows if row["Usage"] == usage]
+    for line, row in rows:
+        if row["Usage"] not in usages.values():
+            raise InputError(f"{table}, row {line}: Usage {row['Usage']!r} is none of "
+                             f"{', '.join(usages.values())}; correct the row")
+        if not row["Image name"] and any(row[k] not in ("0", None) for k in kinds[:-1]):
+            raise InputError(f"{table}, row {line}: votes for a face, but no image is named; "
+                             "correct the row")
+    mine = [(line, row, row["Image name"]) for line, row in rows if row["Usage"] == usages[split]]
     check_count("ferplus", split, len(mine), partial, table)
     images = None if folder else kaggle_rows(pixels, table, rows)
     named = [each for each in mine if each[2]]
@@ -387,7 +408,11 @@ def list_raf(root, split, align_by, partial):
     check_count("raf", split, len(labels), partial, table)
     names, votes = list(labels), None
     if share.exists():
-        found = {r[0]: [number(v, w, whole=False) for v in r[1:]] for w, r in read_rows(share)}
+        found = {}
+        for where, (name, *cells) in read_rows(share):
+            if name in found:
+                raise InputError(f"{where}: {name} is listed twice; remove one row")
+            found[name] = [number(v, where, whole=False) for v in cells]
         missing = [n for n in names if len(found.get(n, ())) != 7 or sum(found[n]) == 0]
         if missing:
             raise InputError(f"{share}: no 7 votes for {missing[0]}; complete the file or remove "
@@ -407,8 +432,10 @@ def list_raf(root, split, align_by, partial):
                 raise InputError(f"{marks[names[i]]}: not five rows of x and y ({error})") from None
         return to_array(image, side)
 
+    against = sum(not found[n][labels[n]] for n in names) if votes else 0
     notes = [f"{len(names)} faces, " + ("votes from distribution.txt" if votes else
              "no votes: candidate sets will be generated")
+             + f" ({against} have none for their label: is the order right?)" * (against > 0)
              + (", as aligned in Image/aligned" if given else ", aligned by Annotation/manual")]
     return Listing(names, [labels[n] for n in names], read, votes, notes=notes,
                    sources=[*file.values(), *(() if given else marks.values())])
@@ -419,12 +446,15 @@ def list_affectnet(data, root, split, partial):
     classes = len(DATA[data]["classes"])
     table = root / {"train": "training.csv", "test": "validation.csv"}[split]
     folder = root / {"train": "train_set", "test": "val_set"}[split]
-    rows = []                                    # (image, label, landmarks' place, their text)
+    rows, seen = [], set()                       # (image, label, landmarks' place, their text)
     if table.exists():
         columns = ["subDirectory_filePath", "facial_landmarks", "expression"]
         for line, row in read_csv(table, columns):
             where, name = f"{table}, row {line}", row["subDirectory_filePath"]
             label = number(row["expression"], where, 0, 10)
+            if name in seen:
+                raise InputError(f"{where}: {name} is listed twice; remove one row")
+            seen.add(name)
             rows.append((inside(root, name, where), label, where, row["facial_landmarks"] or ""))
     elif (folder / "images").is_dir():
         files = (folder / "images").glob("[!.]*")        # macOS adds hidden ones
@@ -432,7 +462,7 @@ def list_affectnet(data, root, split, partial):
             note = folder / "annotations" / file.stem
             try:
                 label = np.load(f"{note}_exp.npy", allow_pickle=False).item()
-            except (OSError, ValueError, EOFError) as error:
+            except Exception as error:                   # of damaged files numpy says anything
                 raise InputError(f"{note}_exp.npy: not a class number ({error})") from None
             rows.append((file, number(label, f"{note}_exp.npy", 0, 10), f"{note}_lnd.npy", None))
     else:
@@ -450,7 +480,7 @@ def list_affectnet(data, root, split, partial):
                 np.array(text.replace(";", " ").split())
             landmarks = values.astype(float).reshape(68, 2)
             return to_array(align(image, five_points(landmarks), side), side)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:
             raise InputError(f"{where}: not 68 landmarks ({error})") from None
 
     notes = [f"{len(kept)} faces of {len(rows)} images; {len(rows) - len(kept)} are of other "
@@ -755,7 +785,10 @@ def memory_map(found, data, split, side, cache):
         except OSError as error:
             raise InputError(f"--cache {cache}: the memory map of {data} cannot be written "
                              f"({error.strerror or error})") from None
-    return np.load(path, mmap_mode="r")
+    try:
+        return np.load(path, mmap_mode="r")
+    except ValueError as error:
+        raise InputError(f"{path}: not a whole memory map ({error}); delete it") from None
 
 
 def build_memory_map(path, found, shape):
@@ -892,7 +925,7 @@ def erased(u, size):
 # ---------------------------------------------------------------------------------------- pictures
 
 def contact_sheet(found, data, rows):
-    """These faces of a listing with the voted label and each class's share of the votes: PIL RGB."""
+    """These faces of a listing with the voted label and each class's share of the votes: PIL."""
     columns, side, gap = 8, 180, 16
     classes, height, font = DATA[data]["classes"], side + 110, ImageFont.load_default
     bottom = math.ceil(len(rows) / columns) * height

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
@@ -86,6 +87,11 @@ def reliability(logits, votes, bins=15):
     where = (top * bins).long().clamp(max=bins - 1)
     add = lambda values: torch.zeros(bins).index_add(0, where, values)     # (bins,)
     return add(torch.ones_like(top)), add(top), add(agree)
+
+
+def crowd(faces, classes):
+    """The votes (n, K); one for the label where they are not known."""
+    return F.one_hot(faces.labels, classes).float() if faces.votes is None else faces.votes
 
 
 def vote_metrics(logits, votes):
@@ -172,10 +178,10 @@ def measure(logits, faces, classes, new=None):
         candidates = candidates_from_votes(faces.votes)                    # (n, K)
         inside = candidates.gather(1, predicted[:, None]).float().mean()
         result["inside_candidate_set"] = inside.item()
-        result["vote_nll"], result["vote_calibration_error"] = vote_metrics(logits, faces.votes)
         few = disputed(faces.votes)
         if few.any():
             result["disputed_accuracy"] = (predicted == labels)[few].float().mean().item()
+    result["vote_nll"], result["vote_calibration_error"] = vote_metrics(logits, crowd(faces, K))
     if new is not None:
         result["duplicates"] = int((~new).sum())
         if new.any():
@@ -194,7 +200,7 @@ TEXT = (
     ("held_out_accuracy", "held-out faces       {held_out_accuracy:7.2%}   (kept out of training "
      "by --val)"),
     ("inside_candidate_set", "inside candidate set {inside_candidate_set:7.2%}"),
-    ("vote_nll", "votes: NLL           {vote_nll:7.3f}   ECE {vote_calibration_error:.2%}"),
+    ("vote_nll", "{whose}: NLL           {vote_nll:7.3f}   ECE {vote_calibration_error:.2%}"),
     ("accuracy_without_duplicates", "without duplicates   {accuracy_without_duplicates:7.2%}   "
      "({duplicates} faces also stand in the training set)"),
     ("accuracy_on_truth", "accuracy on truth    {accuracy_on_truth:7.2%}   (the crowd's label: "
@@ -221,7 +227,8 @@ def as_text(result, classes, revises):
     agree = [f"{result[key]:.2%} {text}" for key, text in
              zip(("revised_as_voted", "revised_as_true"), how) if key in result]
     told = {**result, "sets": sets, "agree": ", ".join([whose, *agree]),
-            "made": f"made {classes[result.get('usual_error', 0)]}"}
+            "made": f"made {classes[result.get('usual_error', 0)]}",
+            "whose": "votes" if "inside_candidate_set" in result else "label"}
     lines = [line.format(**told) for key, line in TEXT if key in result]
     percent = lambda v: "-" if v is None else f"{v:.1%}"
     lines += ["", f"{'class':12s} {'faces':>6s} {'recall':>8s} {'precision':>10s}"]
@@ -251,6 +258,8 @@ def load_run(path, overrides):
         raise InputError(f"{path}: trained on the classes {', '.join(state['classes'])}")
     if not state["log"]:
         raise InputError(f"{path}: stopped within its first epoch; go on with train.py --resume")
+    if not all(isinstance(state.get(k), torch.Tensor) for k in ("candidates", "confidence")):
+        raise InputError(f"{path}: has no candidates and confidence; take another checkpoint")
     run = start(config)
     try:
         model = build_model(config)
@@ -341,7 +350,8 @@ def departures(config):
     """Settings in which a run is not what --method alone gives, like ["init none", "lr 0.001"].
 
     A preset that is not the data's own counts, and so does a setting unknown to this code. Warm-ups
-    that keep their share of the epochs, and settings unknown to the run's older code, do not.
+    that keep their share of the epochs, the classes of one's own data, and settings unknown to the
+    run's older code, do not.
     """
     flags = ["--method", config["method"], "--data", config["data"], "--scale", config["scale"]]
     alone = parse([*flags, "--epochs", str(config["epochs"])])
@@ -349,7 +359,7 @@ def departures(config):
     usual = "laptop" if config["data"] == "toy" else "paper"
     scale = [f"scale {config['scale']}"] * (config["scale"] != usual)
     return scale + [f"{k} {mine[k]}" for k in {**alone, **mine}      # in the order of the settings
-                    if k in mine and mine[k] != alone.get(k)]
+                    if k in mine and k != "classes" and mine[k] != alone.get(k)]
 
 
 def named_above(rows):
@@ -557,8 +567,7 @@ def pictures(run, model, state, faces, logits, result, known, answers):
     classes, c = state["classes"], run.config
     made = {f"confusion-{faces.split}": confusion_picture(result, classes),
             "curves": curves([("", state["log"])])}
-    if faces.votes is not None:
-        made[f"reliability-{faces.split}"] = reliability_picture(logits, faces.votes)
+    made[f"reliability-{faces.split}"] = reliability_picture(logits, crowd(faces, len(classes)))
     if c["head"] == "decoder":
         first = np.unique(faces.labels, return_index=True)[1].tolist()      # of each class
         titles = [[f"voted {classes[faces.labels[i]]}", f"said {classes[logits[i].argmax()]}"]
@@ -567,8 +576,10 @@ def pictures(run, model, state, faces, logits, result, known, answers):
         torch.manual_seed(c["seed"])                     # as train.main began
         before = build_model(c).head.queries.detach()
         after = model.head.queries.detach().cpu()
-        made["queries"] = cosines([("before", before), ("after", after),
-                                   ("simplex", simplex(*after.shape))], classes, c["tau"])
+        shown = [("before", before), ("after", after)]
+        if len(classes) <= after.shape[1] + 1:           # else there is none
+            shown.append(("simplex", simplex(*after.shape)))
+        made["queries"] = cosines(shown, classes, c["tau"])
     if c["revise"]:
         made.update(disambiguated(state, known, answers))
     return made
@@ -610,6 +621,8 @@ def read_landmarks(path):
     columns, found = [f"{axis}{i}" for i in range(1, 6) for axis in "xy"], {}
     for line, row in read_csv(Path(path), ["image"] + columns):
         where = f"{path}, row {line}"
+        if row["image"] in found:
+            raise InputError(f"{where}: {row['image']} is listed twice; remove one row")
         points = np.array([number(row[k], where, -1e6, 1e6, whole=False) for k in columns])
         found[row["image"]] = points.reshape(5, 2)
         if (found[row["image"]] == found[row["image"]][0]).all():
@@ -619,13 +632,20 @@ def read_landmarks(path):
 
 def read_face(path, about, side, landmarks):
     """A picture file as the model's input, uint8 (C, side, side): aligned, or its middle square."""
-    image = ImageOps.exif_transpose(read_image(path, about["channels"]))   # a camera held upright
+    image = read_image(path, about["channels"])
+    try:
+        image = ImageOps.exif_transpose(image)           # of a camera held upright
+    except Exception as error:                           # of damaged data Pillow says anything
+        raise InputError(f"{path}: its EXIF data are damaged ({error}); save it without") from None
     if landmarks is None:
         return to_array(image, side)
     points = landmarks.get(str(path), landmarks.get(path.name))
     if points is None:
         raise InputError(f"{path}: not in the file of --landmarks; add a row")
-    return to_array(align(image, points, side), side)
+    try:
+        return to_array(align(image, points, side), side)
+    except ValueError as error:
+        raise InputError(f"{path}: its points are not of a face ({error}); correct them") from None
 
 
 def recognise(run, model, state, paths, landmarks, batch_size=64):
@@ -674,8 +694,8 @@ def recognise_files(args, overrides):
     rows, shown = [], []
     for path, zeta, image in recognise(run, model, state, paths, landmarks):
         label = classes[zeta.argmax()]
-        # Its candidate set: the labels that one of ten people would choose.
-        chosen = [name for name, chance in zip(classes, zeta) if chance >= 0.1]
+        # Its candidate set: the labels that one of ten people would choose, at least the first.
+        chosen = [name for name, chance in zip(classes, zeta) if chance >= min(0.1, zeta.max())]
         rows.append([path, label, " ".join(chosen), *(f"{v:.4f}" for v in zeta.tolist())])
         if args.image:
             if len(shown) < 8:

@@ -76,7 +76,11 @@ def uniform_transition(classes, chance):
 
 
 def initial_confidence(candidates, votes=None):
-    """C_i = Y_i / |Y_i| (Sec. 3.3.2), or with `votes` the candidates' shares of them: (n, K)."""
+    """C_i = Y_i / |Y_i| (Sec. 3.3.2), or with `votes` the candidates' shares of them: (n, K).
+
+    If each class with a vote is a candidate, these shares are FER+'s soft targets (Barsoum et al.
+    2016), `--method soft`.
+    """
     weights = candidates.float() if votes is None else candidates * votes
     return weights / weights.sum(dim=1, keepdim=True)                     # a row sums to 1
 

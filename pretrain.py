@@ -171,13 +171,17 @@ class MaskedModel(nn.Module):
         nn.init.zeros_(self.predict.bias)
 
     def forward(self, images, mask):
-        """images (B, 3, H, H), mask (B, N) bool -> prediction of every patch (B, N, T)."""
+        """images (B, 3, H, H), mask (B, N) bool -> prediction of every patch (B, N, T).
+
+        The mask may be on the CPU: to count its visible patches, the host then waits for no card.
+        """
         if self.kind == "maskfeat":
             positions = self.encoder.positions[:, 1:]                      # (1, N, d)
-            tokens = torch.where(mask.unsqueeze(-1), self.mask_token + positions,
+            hidden = mask.to(images.device).unsqueeze(-1)                  # (B, N, 1)
+            tokens = torch.where(hidden, self.mask_token + positions,
                                  self.encoder.embed(images))               # (B, N, d)
             return self.predict(self.encoder.encode(tokens)[:, 1:])        # (B, N, T)
-        keep = visible(mask)                                               # (B, V)
+        keep = visible(mask).to(images.device)                             # (B, V)
         tokens = self.narrow(self.encoder(images, keep))                   # (B, 1+V, dim)
         full = self.mask_token.to(tokens.dtype).expand(*mask.shape, -1)    # (B, N, dim)
         full = full.scatter(1, keep.unsqueeze(-1).expand_as(tokens[:, 1:]), tokens[:, 1:])
@@ -265,7 +269,7 @@ def reconstruction(run, model, faces, note, pixels=288):
     mask = draw_masks(c["mask"], rows, grid, masked_count(grid * grid, c["mask_ratio"]), 0)
     model.eval()
     with autocast(run):
-        prediction = model(images, mask.to(run.device)).float().cpu()                # (4, N, T)
+        prediction = model(images, mask).float().cpu()                               # (4, N, T)
     images = images.cpu()
     target = make_targets(images, c["target"], c["patch_size"])                      # (4, N, T)
     sheet = Image.new("RGB", (4 * (pixels + pad) + pad, top + len(rows) * (pixels + pad)), "white")
@@ -634,10 +638,19 @@ def load_checkpoint(path, stage=None, ours=True):
         raise InputError(f"{path}: not a checkpoint of pretrain.py or train.py")
     if stage and state["stage"] != stage:
         raise InputError(f"{path}: a checkpoint of {state['stage']}.py; {stage}.py's is needed")
-    missing = [k for k in ("log", "config", "model") if ours and k not in state]
+    if not ours:
+        return state
+    kinds = {"log": list, "config": dict, "model": dict}
+    if state["stage"] == "train":
+        kinds.update(classes=list, mean=list, std=list)
+    missing = [k for k in kinds if k not in state]
     if missing:
         raise InputError(f"{path}: has no {', '.join(missing)}; a checkpoint of "
-                         f"{state['stage']}.py holds stage, log, config and model")
+                         f"{state['stage']}.py holds stage, {', '.join(kinds)}")
+    wrong = [k for k, kind in kinds.items() if not isinstance(state[k], kind)]
+    if wrong or not all(isinstance(v, torch.Tensor) for v in state["model"].values()):
+        raise InputError(f"{path}: its {(wrong or ['model'])[0]} is not what {state['stage']}.py "
+                         "writes; take another checkpoint")
     return state
 
 
@@ -744,8 +757,7 @@ def write_config(run, saved=None):
         replace_file(run.out / "config.json", lambda file: file.write(text.encode()))
 
     first_alone(run, write, others=False)
-    say(run, "settings: " + "  ".join(f"{k}={v}" for k, v in run.config.items()
-                                      if v is not None and v is not False))
+    say(run, "settings: " + "  ".join(f"{k}={v}" for k, v in run.config.items() if v is not None))
     size = run.config["batch_size"]
     parts = f" x {run.parts} parts" * (run.parts > 1)
     say(run, f"global batch {size} = {run.world}{parts} x {len(run.rows)}, {run.device}")
@@ -882,7 +894,8 @@ def fit(run, model, optimizer, faces, step_loss, saved, end_of_epoch, extra=dict
     the run folder at the start, every `picture_every` epochs and at the end. All that is random is
     a function of the seed, the step and (dropout, drop path) the process, so a run that is resumed
     by as many processes draws what an uninterrupted one draws.
-    Raises `Stopped` after a signal, when all is saved, or for a loss that is not finite.
+    Raises `Stopped` after a signal, when all is saved, or for a loss or weights that are not
+    finite.
     """
     c, steps = run.config, steps_per_epoch(run, faces)
     total = steps * c["epochs"]
@@ -896,10 +909,9 @@ def fit(run, model, optimizer, faces, step_loss, saved, end_of_epoch, extra=dict
                        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                        **extra()})
 
+    if not saved:
+        first_alone(run, lambda: set_aside(run.out / "last.pt"), others=False)
     starts = write_config(run, saved)
-    last = run.out / "last.pt"
-    if not saved and run.rank == 0 and last.exists():
-        os.replace(last, last.with_name("previous.pt"))      # an earlier run's is not lost
     save()                       # a disk that cannot hold it is an error now, not after an epoch
     if draw and not saved:
         save_picture(run, draw, 0, "before training")
@@ -923,6 +935,16 @@ def fit(run, model, optimizer, faces, step_loss, saved, end_of_epoch, extra=dict
             if stop and done < c["epochs"]:
                 raise Stopped(f"after step {state['step']} by a signal, all is saved; go on with "
                               "the same command and --resume", 128 + (signals or [15])[0])
+
+
+def set_aside(last):
+    """Copy an earlier run's checkpoint to previous.pt, so that it is not lost.
+
+    One from before the first step holds nothing, and does not take the place of one that does.
+    """
+    if last.exists() and load_checkpoint(last).get("step") != 0:
+        with open(last, "rb") as file:
+            replace_file(last.with_name("previous.pt"), lambda copy: shutil.copyfileobj(file, copy))
 
 
 def close_epoch(run, state, record, end_of_epoch):
@@ -972,6 +994,10 @@ def means(run, sums, steps):
 
 def save_run(run, state):
     """last.pt and log.jsonl of the run folder, by the first process; the others wait for it."""
+    if not all(v.isfinite().all() for v in state["model"].values()):   # a gradient was not finite
+        raise Stopped(f"the weights hold NaN or infinity after step {state['step']}; "
+                      f"{run.out / 'last.pt'} is the last good checkpoint: try a smaller --lr")
+
     def save():
         save_checkpoint(run.out / "last.pt", state)
         lines = "".join(json.dumps(record) + "\n" for record in state["log"])
@@ -1037,15 +1063,15 @@ def main(argv=None):
             mask = draw_masks(c["mask"], run.rows, grid, count, seed)              # (b, N)
             images = augment(images, uniforms(run, step), c["image_size"], c["data"],
                              c["crop_scale"])
-            mask = mask.to(run.device)
             target = make_targets(images, c["target"], c["patch_size"])            # (b, N, T)
         with autocast(run):
             prediction = network(images, mask)                                     # (b, N, T)
+        mask = mask.to(run.device)
         loss = masked_mse(prediction, target, mask)
         return loss, {"loss": loss, "trivial": masked_mse(trivial, target, mask)}
 
     def skill(record):
-        return {"skill": 1 - record["loss"] / record["trivial"]}
+        return {"skill": 1 - record["loss"] / max(record["trivial"], 1e-12)}   # faces may be blank
 
     fit(run, model, optimizer, faces, step_loss, saved, end_of_epoch=skill,
         draw=lambda note: reconstruction(run, model, faces, note))

@@ -22,6 +22,7 @@ import argparse
 import copy
 import math
 import pickle
+import shlex
 from pathlib import Path
 
 import torch
@@ -184,6 +185,9 @@ def build_model(config):
         encoder = build_encoder(config, config["drop_path"])
         dim, heads = config["dim"], config["heads"]
     classes = len(DATA[config["data"]]["classes"])
+    if config["uniform"] == "targets" and classes > dim + 1:
+        raise InputError(f"--uniform targets: {classes} classes have no regular simplex in {dim} "
+                         f"dimensions; give a --dim of {classes - 1} or more")
     if config["head"] == "decoder":
         head = LabelDecoder(dim, classes, heads, config["decoder_layers"], config["dropout"])
     else:
@@ -207,6 +211,9 @@ def initial_weights(config, encoder):
     else:
         where, weights = pretrained_weights(config)
     note = f"encoder: all {len(weights)} tensors from {where}"
+    late = {k: v for k, v in encoder.state_dict().items()
+            if k.endswith("num_batches_tracked") and k not in weights}     # of old ResNets
+    note += f"; {len(late)} counters of batches start at 0" * bool(late)
     if "positions" in weights:
         count = weights["positions"].shape[1] - 1                         # n*n patches
         if math.isqrt(count) ** 2 != count:
@@ -215,7 +222,8 @@ def initial_weights(config, encoder):
         weights["positions"] = interpolate_positions(weights["positions"], encoder.grid)
         if count != encoder.grid ** 2:
             note += f"; positions of {count} patches interpolated for {encoder.grid ** 2}"
-    load_weights(encoder, weights, where, "give the same --scale and sizes")
+    load_weights(encoder, {**weights, **late}, where, "give the same --scale and sizes"
+                 if config["model"] == "vit" else "give a ResNet-18's")
     return note
 
 
@@ -234,15 +242,11 @@ def imagenet_weights(model):
 
 def pretrained_weights(config):
     """Where the encoder of a pre-training run is, and its weights; its decoder stays (Sec. 3.2)."""
-    init, usual = config["init"], f"runs/pretrain-{config['data']}"
+    init = config["init"]
     where = Path(init) if Path(init).is_file() or init.endswith(".pt") else Path(init) / "last.pt"
     if not where.exists() and where.name == "last.pt":
-        out, own = where.parent, config["data_dir"]
-        more = f" --data-dir {own}" * bool(own) + " --target pixel" * ("pixel" in out.name) \
-            + f" --out {out}" * (str(out) not in (usual, f"{usual}-pixel"))
-        raise InputError(f"{where}: no pre-training run; make it with: python pretrain.py --data "
-                         f"{config['data']} --scale {config['scale']}{more} (or choose --init "
-                         "imagenet or none)")
+        raise InputError(f"{where}: no pre-training run; make it with: "
+                         f"{pretraining_command(config, where.parent)} (or choose --init none)")
     state = load_checkpoint(where, "pretrain")
     if not state["log"]:
         raise InputError(f"{where}: stopped within its first epoch; go on with pretrain.py "
@@ -256,11 +260,25 @@ def pretrained_weights(config):
     return f"{where} (epoch {len(state['log'])})", weights
 
 
+def pretraining_command(config, out):
+    """The command that makes the run `out` of the same faces, for an encoder of the same sizes."""
+    column = 0 if config["scale"] == "paper" else 1
+    usual = {k: row[column] for k, row in MODEL_SETTINGS.items()}
+    usual.update(data_dir=None, labels="argmax", align="points")
+    flags = ["--data", config["data"], "--scale", config["scale"]]
+    for name, value in usual.items():
+        if config[name] != value:
+            flags += ["--" + name.replace("_", "-"), str(config[name])]
+    flags += ["--partial"] * config["partial"] + ["--target", "pixel"] * ("pixel" in out.name)
+    if str(out) not in (f"runs/pretrain-{config['data']}{end}" for end in ("", "-pixel")):
+        flags += ["--out", str(out)]
+    return shlex.join(["python", "pretrain.py", *flags])
+
+
 def resnet_weights(path):
     """Where a ResNet-18 is, and its weights; its keys may have any prefix, in any wrapping dict.
 
-    Layers behind its pooling (classifier, features) are left out and named. Counters of batches,
-    which old checkpoints lack, start at 0.
+    Layers behind its pooling (classifier, features) are left out and named.
     """
     mark, search = "layer1.0.conv1.weight", [load_checkpoint(path, ours=False)]
     for state in search:                                 # grows by the dicts that it holds
@@ -274,13 +292,20 @@ def resnet_weights(path):
         raise InputError(f"{path}: {len(prefix)} networks (with the prefixes {', '.join(prefix)}); "
                          "keep one of them")
     own = torchvision.models.resnet18(weights=None).state_dict()
-    counters = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")}
     found = {k.removeprefix(prefix[0]): v for k, v in state.items() if k.startswith(prefix[0])}
     ours = {k.split(".")[0] for k in own} - {"fc"}                   # conv1, bn1, layer1 ...
     extra = sorted({k.split(".")[0] for k in found} - ours)
     where = f"{path}" + f", without its {', '.join(extra)}" * bool(extra)
-    return where, {f"net.{k}": v for k, v in {**counters, **found}.items()
-                   if k.split(".")[0] not in extra}
+    return where, {f"net.{k}": v for k, v in found.items() if k.split(".")[0] not in extra}
+
+
+def refuse_without_votes(config):
+    """InputError for a setting that needs votes, of data without."""
+    for name, value, remedy in (("loss", "soft", "choose another --method"),
+                                ("prior", "votes", "leave it out"),
+                                ("candidates", "votes", "choose lw1, lw2, lw4 or uniform:Q")):
+        if config[name] == value:
+            raise InputError(f"--{name} {value}: {config['data']} has no votes; {remedy}")
 
 
 def make_candidates(config, faces):
@@ -291,9 +316,8 @@ def make_candidates(config, faces):
     """
     classes = len(DATA[config["data"]]["classes"])
     kind = config["candidates"] or ("lw1" if faces.votes is None else "votes")
-    if kind == "votes" and faces.votes is None:
-        raise InputError(f"--candidates votes: {config['data']} has no votes; choose lw1, lw2, lw4 "
-                         "or uniform:Q")
+    if faces.votes is None:
+        refuse_without_votes(config)
     generated = kind != "votes"
     if config["min_votes"] > 1 and (generated or faces.votes.max() <= 1):
         raise InputError("--min-votes: these sets are " + ("generated" if generated else "from "
@@ -317,12 +341,8 @@ def make_confidence(config, faces, candidates):
                          "it sets: --min-votes 1, or --candidates lw1")
     if config["loss"] == "ce":
         return F.one_hot(faces.labels, candidates.shape[1]).float()
-    needs_votes = config["loss"] == "soft" or config["prior"] == "votes"
-    if needs_votes and faces.votes is None:
-        raise InputError(f"--data {config['data']} has no votes, as --loss soft and --prior votes "
-                         "need")
-    if config["loss"] == "soft":
-        return faces.votes / faces.votes.sum(dim=1, keepdim=True)
+    if config["loss"] == "soft":                         # who has a vote is a candidate
+        return initial_confidence(faces.votes > 0, faces.votes)
     if config["loss"] == "lw":
         return lw_weights(torch.zeros(candidates.shape), candidates)      # of equal logits
     return initial_confidence(candidates, faces.votes if config["prior"] == "votes" else None)
@@ -412,6 +432,12 @@ def check_combination(config):
     if config["prior"] == "votes" and kind not in (None, "votes"):
         raise InputError(f"--prior votes: nobody voted for the labels that --candidates {kind} "
                          "draws; leave one of the two out")
+    if config["data"].startswith("affectnet"):           # RAF-DB's are seen when its folder is read
+        refuse_without_votes(config)
+    if config["init"] == "imagenet" and config["model"] == "vit" and any(
+            config[k] != MODEL_SETTINGS[k][0] for k in ("patch_size", "dim", "depth", "heads")):
+        raise InputError("--init imagenet: these weights are a ViT-B/16's; give --patch-size 16 "
+                         "--dim 768 --depth 12 --heads 12, or --init none")
     if config["head"] == "linear" and config["uniform_weight"]:
         raise InputError("--uniform-weight: a linear head has no label queries to spread; choose "
                          "--head decoder or --uniform-weight 0")

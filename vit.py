@@ -50,7 +50,7 @@ def take(tokens, index):
 
 
 def interpolate_positions(positions, grid):
-    """Learned positions for another grid (Dosovitskiy et al., Sec. 3.2: 2-D interpolation).
+    """Learned positions for another grid (2-D interpolation, as Dosovitskiy et al.).
 
     positions (1, 1+n*n, d), the class token's first -> (1, 1+grid*grid, d). The class token's
     position stays as it is; the same grid returns the argument itself.

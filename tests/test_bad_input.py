@@ -19,6 +19,7 @@ from datasets import DATA, TREES
 
 KINDS = DATA["ferplus"]["classes"] + ["unknown", "NF"]
 NEUTRAL = [10] + [0] * 9
+NO_FACE = [0] * 9 + [10]
 
 
 def image(mode="L", size=(48, 48), kind="png", **how):
@@ -59,11 +60,11 @@ def raf(folder, text="train_00001.jpg 5\n", originals=False, points=None, distri
     return ["--data", "raf", "--data-dir", folder, "--partial"]
 
 
-def affectnet(folder, path="a.jpg", landmarks=";".join(["1"] * 136), expression=0):
-    """An AffectNet of one training row."""
+def affectnet(folder, path="a.jpg", landmarks=";".join(["1"] * 136), expression=0, times=1):
+    """An AffectNet of one training row, or that row more than once."""
     with open(folder / "training.csv", "w", newline="") as file:
         csv.writer(file).writerows([["subDirectory_filePath", "facial_landmarks", "expression"],
-                                    [path, landmarks, expression]])
+                                    *[[path, landmarks, expression]] * times])
     (folder / "a.jpg").write_bytes(image("RGB", kind="jpeg"))
     return ["--data", "affectnet8", "--data-dir", folder, "--partial"]
 
@@ -146,7 +147,7 @@ IMAGES = [
     ("animated", broken(image(kind="gif", save_all=True, append_images=[
         Image.new("L", (48, 48), 9)])), IMAGE + "holds 2 frames; extract one"),
     ("huge", broken(image("1", (20_000, 20_000))), IMAGE + "more than 178956970 pixels; shrink it"),
-    ("a folder for an image", lambda f: [ferplus(f, [("", NEUTRAL), ("a.png", NEUTRAL)]),
+    ("a folder for an image", lambda f: [ferplus(f, [("", NO_FACE), ("a.png", NEUTRAL)]),
                                          (f / "FER2013Train/a.png").mkdir()][0],
      "TMP/FER2013Train/a.png: not a readable image ([Errno 21] Is a directory: "
      "'TMP/FER2013Train/a.png'); fetch it again"),
@@ -168,12 +169,22 @@ TABLES = [
      "TMP/fer2013new.csv, row 2: 'many' is not a whole number from 0; correct the row"),
     ("a short row", one_row([5, 5]),
      "TMP/fer2013new.csv, row 2: None is not a whole number from 0; correct the row"),
+    ("votes beyond counting", one_row(["1e20"] + [0] * 9),
+     "TMP/fer2013new.csv, row 2: '1e20' is not a whole number from 0; correct the row"),
     ("infinite votes", one_row(["inf"] + [0] * 9),
      "TMP/fer2013new.csv, row 2: 'inf' is not a whole number from 0; correct the row"),
     ("no votes", one_row([0] * 10),
      "TMP/fer2013new.csv, row 2: fer0000001.png has no votes; remove the row"),
-    ("nothing but non-faces", one_row([0] * 9 + [10]),
+    ("nothing but non-faces", one_row(NO_FACE),
      "TMP: no face is left in the train split of ferplus"),
+    ("a face without a name", one_row(NEUTRAL, ""),
+     "TMP/fer2013new.csv, row 2: votes for a face, but no image is named; correct the row"),
+    ("an unknown part", bad_bytes(ferplus, "fer2013new.csv", b"Training", b"Trainng"),
+     "TMP/fer2013new.csv, row 2: Usage 'Trainng' is none of Training, PublicTest, PrivateTest; "
+     "correct the row"),
+    ("an open quotation mark", bad_bytes(ferplus, "fer2013new.csv", b"Training", b'"Training'),
+     "TMP/fer2013new.csv, row 2: not readable (unexpected end of data); is a quotation mark left "
+     "open?"),
     ("not UTF-8", bad_bytes(ferplus, "fer2013new.csv", b"neutral", b"\xff\xfe"),
      "TMP/fer2013new.csv: not UTF-8; save it as UTF-8"),
     ("a name that leaves the folder", one_row(NEUTRAL, "../../secret.png"),
@@ -219,6 +230,8 @@ OTHERS = [
     ("a distribution without the face", lambda f: raf(f, distribution="train_00002.jpg 1 1 1 1\n"),
      "TMP/basic/EmoLabel/distribution.txt: no 7 votes for train_00001.jpg; complete the file or "
      "remove it"),
+    ("a distribution with a face twice", lambda f: raf(f, distribution=2 * "train_00001.jpg 1 1\n"),
+     "TMP/basic/EmoLabel/distribution.txt, row 2: train_00001.jpg is listed twice; remove one row"),
     ("a distribution without votes", lambda f: raf(f, distribution="train_00001.jpg 0 0 0 0 0 0 0"),
      "TMP/basic/EmoLabel/distribution.txt: no 7 votes for train_00001.jpg; complete the file or "
      "remove it"),
@@ -240,6 +253,14 @@ OTHERS = [
      "TMP/training.csv, row 2: '11' is not a whole number from 0 to 10; correct the row"),
     ("an image elsewhere", lambda f: affectnet(f, path="/etc/passwd"),
      "TMP/training.csv, row 2: '/etc/passwd' leaves the data folder; correct the row"),
+    ("an image in two rows", lambda f: affectnet(f, times=2),
+     "TMP/training.csv, row 3: a.jpg is listed twice; remove one row"),
+    ("columns for a class", lambda f: folders(f, np.zeros(1, [("a", int)])),
+     "TMP/train_set/annotations/1_exp.npy: (0,) is not a whole number from 0 to 10; correct the "
+     "row"),
+    ("columns for landmarks", lambda f: folders(f, np.array(0), np.zeros(136, "i8,i8")),
+     "TMP/train_set/annotations/1_lnd.npy: not 68 landmarks (Cannot cast array data from dtype([("
+     "'f0', '<i8'), ('f1', '<i8')]) to dtype('float64') according to the rule 'unsafe')"),
     ("a pickle for landmarks", lambda f: folders(f, np.array("0"), np.array([None], dtype=object)),
      "TMP/train_set/annotations/1_lnd.npy: not 68 landmarks (Object arrays cannot be loaded when "
      "allow_pickle=False)"),
@@ -258,6 +279,8 @@ OTHERS = [
      "TMP/train.csv, row 2: more columns than train.csv's image, joy, grief; remove them"),
     ("own: a vote too few", lambda f: own(f, "a.png,3\n"),
      "TMP/train.csv, row 2: None is not a whole number from 0; correct the row"),
+    ("own: no image", lambda f: own(f, "3,1\n", "joy,grief,image\n"),
+     "TMP/train.csv, row 2: no image is named; correct the row"),
     ("own: an image twice", lambda f: own(f, "a.png,3,1\na.png,2,2\n"),
      "TMP/train.csv, row 3: a.png has two rows; remove one"),
     ("own: no votes", lambda f: own(f, "a.png,0,0\n"),
@@ -329,6 +352,10 @@ CHECKPOINTS = [
      "TMP: stopped within its first epoch; go on with pretrain.py --resume"),
     ("NaN weights", edited(lambda state: state["model"]["encoder.norm.weight"].fill_(torch.nan)),
      "TMP (epoch 2): 1 tensors hold NaN or infinity (first: norm.weight); take another checkpoint"),
+    ("numbers for weights", edited(lambda state: state["model"].update(w=1.0)),
+     "TMP: its model is not what pretrain.py writes; take another checkpoint"),
+    ("a list for settings", edited(lambda state: state.update(config=[1])),
+     "TMP: its config is not what pretrain.py writes; take another checkpoint"),
     ("one weight missing", edited(lambda state: state["model"].pop("encoder.norm.weight")),
      "TMP (epoch 2): weights of another model (1 missing, 0 superfluous, 0 of other shape; first: "
      "norm.weight); give the same --scale and sizes"),

@@ -99,7 +99,8 @@ def test_a_step_of_pre_training_on_a_card(flags, card, tmp_path, cache, monkeypa
     monkeypatch.setattr(pretrain, "start", lambda config: pretrain.Run(config, 0, 1, CARD))
     monkeypatch.setattr(pretrain, "load_split", lambda run, split: Blank())
     monkeypatch.setattr(nn.Module, "to", onto_the_card)
-    monkeypatch.setattr(FakeTensor, "__int__", lambda count: 10, raising=False)      # of `visible`
+    monkeypatch.setattr(FakeTensor, "__int__", lambda count: 10, raising=False)      # of `visible`,
+    # whose mask is on the CPU, but as fake as all else
     run, model, _, _, step_loss, _ = given_to_fit(pretrain, flags, tmp_path, cache, monkeypatch)
     assert {p.device for p in model.parameters()} == {CARD}
     checked_step(run, model, step_loss, card)

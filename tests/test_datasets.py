@@ -176,7 +176,11 @@ def test_raf_is_aligned_by_its_points_unless_told_otherwise(tmp_path):
 def test_raf_reads_a_distribution_as_votes(tmp_path):
     found = listing("raf", fake_raf(tmp_path, share=True), "train", partial=True)
     assert found.votes == [[1, 0, 0, 0, 8, 0, 0.5], [1, 0, 0, 0, 0, 0, 0.5]]
-    assert found.labels == [4, 0]
+    assert found.labels == [4, 0] and "order" not in found.notes[0]
+    table = tmp_path / "basic/EmoLabel/distribution.txt"
+    table.write_text(table.read_text().replace(" 0 0 0 8 0 ", " 8 0 0 0 0 "))
+    assert "txt (1 have none for their label: is the order right?), as aligned" in listing(
+        "raf", tmp_path, "train", partial=True).notes[0]
 
 
 LANDMARKS = np.random.default_rng(0).uniform(20, 80, (68, 2))

@@ -1,6 +1,7 @@
 """What is reported of a run, counted again face by face."""
 import pytest
 import torch
+import torch.nn.functional as F
 
 import evaluate
 import pretrain
@@ -52,8 +53,14 @@ def test_what_is_measured_of_a_split():
     assert found["accuracy_without_duplicates"] == share(seen_once)
     assert found["accuracy_on_truth"] == share([said[i] == truth[i] for i in rows])
     assert found["crowd_on_truth"] == share([labels[i] == truth[i] for i in rows])
-    assert (found["vote_nll"], found["vote_calibration_error"]) == evaluate.vote_metrics(logits,
-                                                                                         votes)
+    numbers = lambda found: (found["vote_nll"], found["vote_calibration_error"])
+    assert numbers(found) == evaluate.vote_metrics(logits, votes)
+    faces.votes = None                                     # then the label has the only one
+    found = evaluate.measure(logits, faces, list("abcde"), None)
+    assert numbers(found) == evaluate.vote_metrics(logits, F.one_hot(labels, 5).float())
+    assert "inside_candidate_set" not in found and "disputed_accuracy" not in found
+    assert f"label: NLL           {found['vote_nll']:7.3f}   ECE" in evaluate.as_text(
+        found, list("abcde"), False)
 
 
 @pytest.mark.parametrize("loss", ["pll", "lw"])

@@ -84,7 +84,9 @@ def test_each_row_of_the_tables_has_a_folder_of_its_own():
     (["--candidates", "uniform:2"], "--candidates uniform:2: choose votes, lw1"),
     (["--candidates", "lw3"], "--candidates lw3: choose votes, lw1"),
     (["--method", "mim-pixel"], "make it with: python "
-     "pretrain.py --data toy --scale laptop --target pixel")])
+     "pretrain.py --data toy --scale laptop --image-size 16 --patch-size 4 --dim 16 --depth 2 "
+     "--heads 2 --target pixel")
+])
 def test_settings_that_do_not_go_together(flags, message, tmp_path, cache, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if "mim-pixel" not in flags:
@@ -108,8 +110,8 @@ def test_resnet_checkpoints_of_any_prefix_are_read(prefix, wrap, tmp_path):
                weights, tmp_path / "ms.pth")
     encoder = train.ResNet18()
     note = train.initial_weights(dict(init=str(tmp_path / "ms.pth"), model="resnet18"), encoder)
-    assert note.startswith("encoder: all 120 tensors from")
-    assert note.endswith("ms.pth, without its fc, feature")
+    assert note.startswith("encoder: all 100 tensors from")
+    assert note.endswith("ms.pth, without its fc, feature; 20 counters of batches start at 0")
     assert encoder.net.layer4[1].conv2.weight.equal(source["layer4.1.conv2.weight"])
     torch.save({"w": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(InputError, match="not a ResNet-18"):
@@ -161,14 +163,16 @@ def test_the_start_of_confidence():
     assert start("soft") == pytest.approx([0.6, 0.3, 0.1, 0, 0, 0, 0])
     assert start("soft") == start("pll", "votes", votes >= 1)        # Eq. 2, if one vote is enough
     assert start("lw") == pytest.approx([0.5, 0.5, 0.2, 0.2, 0.2, 0.2, 0.2])
-    with pytest.raises(InputError, match="has no votes"):
-        train.make_confidence(dict(loss="soft", prior="uniform", data="raf"), faces_with([0]),
-                              candidates)
+    for flag, loss, prior in (("loss soft", "soft", "uniform"), ("prior votes", "pll", "votes")):
+        with pytest.raises(InputError, match=f"--{flag}: raf has no votes"):
+            train.make_candidates(dict(loss=loss, prior=prior, candidates=None, data="raf"),
+                                  faces_with([0]))
 
 
 def test_generated_sets_replace_votes_when_asked():
     votes = torch.tensor([[6.0, 3, 1, 0, 0, 0, 0]] * 500)
-    config, faces = dict(data="toy", min_votes=1, seed=0), faces_with([0] * 500, votes)
+    config = dict(data="toy", min_votes=1, seed=0, loss="pll", prior="uniform")
+    faces = faces_with([0] * 500, votes)
     sets = lambda kind: train.make_candidates({**config, "candidates": kind}, faces)
     assert sets(None).equal(votes >= 1) and sets("votes").equal(votes >= 1)
     assert 0.4 < sets("lw1")[:, 1].float().mean() < 0.6 and not sets("lw1")[:, 2:].any()
@@ -324,6 +328,11 @@ def test_runs_that_differ_in_more_than_the_seed_are_rows_that_say_so():
     rounding[1][1]["compile"] = True                     # the flag itself needs a C++ compiler
     assert [line.split(" | ")[2] for line in comparison(rounding, True)[2:]] == ["3"]
     assert comparison([result(0.8, 0, "--partial")], True)[2].startswith("| ours, partial True |")
+    mine = [result(0.8, 0, "--data", "own"), result(0.7, 0, "--data", "own", "--lr", "1.0")]
+    for (_, config), classes in zip(mine, (["joy", "calm"], ["joy", "grief"])):
+        config["classes"] = classes                      # as the data name them, not the command
+    assert [line.split(" | ")[0] for line in comparison(mine, True)[2:]] == [
+        "| ours", "| ours, lr 1.0"]
 
 
 def test_a_setting_that_one_side_does_not_know_makes_no_row_of_its_own_by_silence():

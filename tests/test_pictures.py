@@ -54,6 +54,8 @@ def test_the_readmes_pictures_are_what_the_code_draws(name, tmp_path):
     if name not in RUNS:
         drawn = tmp_path / "drawn.png"
         {"hog": hog, "pll": pll}[name].main(["--out", str(drawn)])
+    if name not in RUNS:                     # no training amplifies what differs in rounding
+        assert np.abs(small(drawn, 400) - small(published, 400)).mean() < 0.1
     assert np.abs(small(drawn) - small(published)).mean() < 4
 
 
@@ -411,6 +413,28 @@ def test_landmarks_align_a_face(trained, pictures, tmp_path, capsys):
         (tmp_path / "wrong.csv").write_text("\n".join([header, row("face.png", points)]))
         with pytest.raises(InputError, match=message):
             evaluate.read_landmarks(tmp_path / "wrong.csv")
+    twice = [header, row("face.png", small_points), row("face.png", small_points)]
+    (tmp_path / "wrong.csv").write_text("\n".join(twice))
+    with pytest.raises(InputError, match="row 3: face.png is listed twice; remove one row"):
+        evaluate.read_landmarks(tmp_path / "wrong.csv")
+
+
+def test_a_picture_that_no_library_can_take_does_not_end_the_others(trained, tmp_path, capsys):
+    """A damaged note of the camera, and points of which no face can be made."""
+    for name, more in (("a.jpg", {}), ("b.jpg", {"exif": b"Exif\0\0XXXXjunk"}), ("c.jpg", {})):
+        Image.new("RGB", (40, 40), "grey").save(tmp_path / name, **more)
+    points = {"a.jpg": np.arange(10.0), "b.jpg": np.arange(10.0), "c.jpg": np.zeros(10)}
+    points["c.jpg"][0] = 1e-300                            # five points, but no size
+    (tmp_path / "points.csv").write_text("\n".join([
+        "image," + ",".join(f"{axis}{i}" for i in range(1, 6) for axis in "xy"),
+        *(",".join([name, *map(repr, map(float, at))]) for name, at in points.items())]))
+    for more, failed in ([], 1), (["--landmarks", str(tmp_path / "points.csv")], 2):
+        with pytest.raises(pretrain.Stopped, match=f"{failed} of 3 pictures could not be read"):
+            evaluate.main([str(trained), "--folder", str(tmp_path), *more])
+        out, error = capsys.readouterr()
+        assert "b.jpg: its EXIF data are damaged (" in error and error.count("error: ") == failed
+        assert sum(line.startswith(str(tmp_path)) for line in out.splitlines()) == 3 - failed
+    assert "c.jpg: its points are not of a face (" in error
 
 
 @pytest.mark.parametrize("flags, message", [

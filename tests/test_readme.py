@@ -4,7 +4,9 @@ Run:  python -m pytest tests/test_readme.py
 """
 import argparse
 import ast
+import functools
 import importlib
+import itertools
 import json
 import re
 import shlex
@@ -15,6 +17,7 @@ import claims
 import decoder
 import evaluate
 from conftest import ROOT, run_script, shown_accuracy
+from datasets import DATA
 
 FILES = "vit hog pretrain decoder pll datasets train evaluate".split()
 TEXT = (ROOT / "README.md").read_text()
@@ -53,9 +56,19 @@ def sources():
 
 def tags(source):
     """References in the docstring's first sentence or in a comment at the end of a line."""
-    first = re.search(r'"""(.*?)(\.\s|\.?""")', source, re.DOTALL)
+    first = re.search(r'"""(.*?)((?<!Eq)(?<!Sec)(?<!Fig)(?<!al)\.\s|\.?""")', source, re.DOTALL)
     comments = re.findall(r"  # (.*)$", source, re.MULTILINE)
     return references(" ".join([first.group(1).replace("\n", " ") if first else "", *comments]))
+
+
+def test_tags_are_found_in_first_sentences_and_at_the_ends_of_lines():
+    code = '''
+def revised(c):
+    """What Eq. (5) leaves (Sec. 3.3.2, Fig. 2; Wang et al. 2020). Not of Eq. (1)."""
+    c = c / c.sum()                                     # Eq. (4), Algorithm 1, lines 6, 7
+'''
+    assert tags(code) == {"Eq. (4)", "Eq. (5)", "Sec. 3.3.2", "Fig. 2", "Algorithm 1, line 6",
+                          "Algorithm 1, line 7"}
 
 
 def the_map():
@@ -103,18 +116,29 @@ def test_the_whole_paper_is_in_the_map():
 
 def commands():
     """Every command of the README, toy.md and ferplus.md that runs a file of ours: (file, list of
-    arguments)."""
+    arguments); those of a loop once for each of its values."""
     text = "\n".join([TEXT, *MORE.values()])
     blocks = re.findall(r"```\n(.*?)```", text, re.DOTALL)
     inline = re.findall(r"`((?:python|torchrun) [^`]*)`", re.sub(r"```.*?```", "", text,
                                                                 flags=re.DOTALL))
-    found, stand_ins = [], {"$m": "ours", "$s": "0", "$t": "0.2", "$l": "ce", "D": "toy"}
+    found = []
     for block in blocks + inline:
+        values = {}                                      # of the loops so far, the inner ones last
         for command in re.split(r"\n|&&|;", block.replace("\\\n", " ")):
-            match = re.search(r"(?:python|torchrun[^.]*?) (?:\.\./\.\./)?(\w+)\.py(.*)", command)
-            if match and "..." not in match[0]:
-                arguments = shlex.split(match[2].rstrip(")"))
-                found.append((match[1], [stand_ins.get(a, a) for a in arguments]))
+            loop = re.search(r"for (\w) in (.*)", command)
+            if loop:
+                values[f"${loop[1]}"] = loop[2].split()
+            match = re.search(r"(?:python|torchrun[^.]*?) (?:\.\./\.\./|tests/)?(\w+)\.py(.*)",
+                              command)
+            if not match or "..." in match[0] or match[1] == "claims":
+                continue
+            loops = [name for name in values if name in match[2]]
+            for chosen in itertools.product(*(values[name] for name in loops)):
+                words = functools.reduce(lambda s, pair: s.replace(*pair), zip(loops, chosen),
+                                         match[2].rstrip(")"))
+                assert "$" not in words, command
+                found.append((match[1], ["toy" if word == "D" else word
+                                         for word in shlex.split(words)]))
     return found
 
 
@@ -135,9 +159,19 @@ def parse_alone(monkeypatch):
 
 
 def test_every_command_of_the_readme_is_read_by_the_real_parsers(monkeypatch):
-    parse_alone(monkeypatch)
+    """Those of both stages up to where a run starts, so that no setting of theirs is refused."""
+    def stop(config):
+        raise Parsed
+
     found = commands()
-    assert {file for file, _ in found} >= set(FILES) - {"vit"}
+    assert {file for file, _ in found} == set(FILES) - {"vit"} | {"benchmark"}
+    assert len(found) > 200
+    for stage in ("pretrain", "train"):
+        monkeypatch.setattr(importlib.import_module(stage), "start", stop)
+        for arguments in (words for file, words in found if file == stage and "own" not in words):
+            with pytest.raises(Parsed):
+                importlib.import_module(stage).main(arguments)
+    parse_alone(monkeypatch)
     for file, arguments in found:
         with pytest.raises(Parsed):
             importlib.import_module(file).main(arguments)
@@ -149,8 +183,7 @@ def test_every_switch_of_the_readme_exists(monkeypatch):
         with pytest.raises(Parsed):
             importlib.import_module(file).main([])
     known = {flag for parser in parsers for flag in parser._option_string_actions}
-    others = {"--nproc_per_node", "--max-restarts", "--exercises", "--only", "--repeats", "--quick",
-              "--standalone", "--ipc"}   # of torchrun, Docker, pytest here and tests/benchmark.py
+    others = {"--nproc_per_node", "--max-restarts", "--exercises", "--ipc"}    # of torchrun, pytest
     for switch in re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT + "".join(MORE.values())):
         assert switch in known | others, switch
 
@@ -356,3 +389,16 @@ def test_the_accuracy_that_the_readme_shows_is_what_the_first_command_reaches():
         pytest.skip("made by the README's first command, which was not run here")
     accuracy = json.loads(kept.read_text())["accuracy"]
     assert accuracy * 100 == pytest.approx(shown_accuracy() * 100, abs=4)
+
+
+def test_the_first_commands_block_is_what_evaluate_prints_but_for_rounding():
+    """Another processor's run of the same command is kept: its words, and numbers near them."""
+    shown = re.search(r"(?m)^accuracy  .*(?:\n[^`\n]+)*", TEXT)[0]
+    folder = ROOT / "tests/results/toy/ours-0"
+    result, config = (json.loads((folder / f"{name}.json").read_text())
+                      for name in ("test", "config"))
+    printed = evaluate.as_text(result, DATA["toy"]["classes"], config["revise"])
+    printed = re.search(r"(?m)^accuracy  .*(?:\n[^`\n]+)*", printed)[0]
+    assert re.sub(r"\d", "0", shown) == re.sub(r"\d", "0", printed)
+    assert [float(n) for n in re.findall(r"[\d.]+", shown)] == pytest.approx(
+        [float(n) for n in re.findall(r"[\d.]+", printed)], abs=8)

@@ -132,8 +132,8 @@ def test_a_split_is_loaded_as_the_flags_say(monkeypatch):
 
 
 def test_sets_that_have_no_votes_are_those_of_lw1():
-    sets = train.make_candidates(dict(candidates=None, min_votes=1, data="raf", seed=0),
-                                 faces_with([0] * 500))
+    config = dict(candidates=None, min_votes=1, data="raf", seed=0, loss="pll", prior="uniform")
+    sets = train.make_candidates(config, faces_with([0] * 500))
     assert sets[:, 0].all() and sets[:, 1].any() and not sets[:, 2:].any()
 
 

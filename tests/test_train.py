@@ -1,6 +1,7 @@
 """The command lines: what a run leaves behind, resume, two processes against one, wrong input."""
 import contextlib
 import json
+import math
 import pickle
 import shutil
 import subprocess
@@ -241,6 +242,14 @@ def test_an_earlier_runs_checkpoint_is_kept(trained, cache, tmp_path):
     assert not same(kept["model"], read_state(tmp_path / "run")["model"])
 
 
+def test_faces_without_an_edge_do_not_end_a_pre_training(tmp_path):
+    Image.new("RGB", (32, 32)).save(tmp_path / "black.png")
+    (tmp_path / "train.csv").write_text("image,joy,grief\nblack.png,3,1\n")
+    pretrain.main(["--data", "own", "--data-dir", str(tmp_path), "--cache", str(tmp_path / "c"),
+                   "--out", str(tmp_path / "run"), *TINY, "--batch-size", "1", *DECODER])
+    assert all(math.isfinite(record["skill"]) for record in read_log(tmp_path / "run"))
+
+
 @pytest.mark.parametrize("state, said", [
     ("clean", ""), ("changed", "-dirty"), ("tagged", ""), ("no repository", None)])
 def test_a_runs_commit_says_whether_its_code_was_changed(state, said, tmp_path, monkeypatch):
@@ -371,7 +380,17 @@ def test_a_checkpoint_without_what_a_resumed_run_needs_is_refused(pretrained, tr
 @pytest.mark.parametrize("script, flags, message", [
     (train, [], "runs/pretrain-toy/last.pt: no pre-training run; make it with: python pretrain.py"),
     (train, ["--init", "nowhere"], "nowhere/last.pt: no pre-training run; make it with: python "
-     "pretrain.py --data toy --scale laptop --out nowhere (or choose --init imagenet or none)"),
+     "pretrain.py --data toy --scale laptop --out nowhere (or choose --init none)"),
+    (train, ["--data", "raf", "--data-dir", "my data", "--partial", "--align", "given", "--dim",
+             "64", "--heads", "4"], "runs/pretrain-raf/last.pt: no pre-training run; make it with: "
+     "python pretrain.py --data raf --scale paper --dim 64 --heads 4 --data-dir 'my data' --align "
+     "given --partial (or choose --init none)"),
+    (train, ["--init", "imagenet"], "--init imagenet: these weights are a ViT-B/16's; give --patch-"
+     "size 16 --dim 768 --depth 12 --heads 12, or --init none"),
+    (train, ["--data", "affectnet7", "--method", "soft"],
+     "--loss soft: affectnet7 has no votes; choose another --method"),
+    (train, ["--data", "affectnet8", "--prior", "votes"],
+     "--prior votes: affectnet8 has no votes; leave it out"),
     (train, ["--method", "mim-pixel"], "pretrain.py --data toy --scale laptop --target pixel (or"),
     (train, ["--init", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
     (train, ["--threshold", "1"], "--threshold 1.0: give a number from 0.0 to 0.9999"),
@@ -563,3 +582,12 @@ def test_both_stages_at_the_papers_size():
     assert logits.shape == (1, 8)
     train.pll_loss(logits, torch.full((1, 8), 1 / 8)).backward()
     assert recogniser.head.queries.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("lost, said", [
+    ("classes", "has no classes; a checkpoint of train.py holds stage, log, config, model, classes"),
+    ("confidence", "has no candidates and confidence; take another checkpoint")])
+def test_a_trained_checkpoint_without_its_tables_is_not_judged(lost, said, trained, tmp_path, capsys):
+    state = read_state(trained)
+    torch.save({k: v for k, v in state.items() if k != lost}, tmp_path / "last.pt")
+    assert f"{tmp_path / 'last.pt'}: {said}" in error_of(evaluate, [tmp_path], capsys)

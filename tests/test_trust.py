@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -169,7 +170,7 @@ def test_what_was_stopped_at_once_has_a_shells_status_and_one_line(capsys):
 def save_for_ever(path):
     """Do nothing but save checkpoints of 20 MB, each filled with its number."""
     for step in itertools.count():
-        pretrain.save_checkpoint(path, {"stage": "train", "log": [], "config": {}, "step": step,
+        pretrain.save_checkpoint(path, {"stage": "pretrain", "log": [], "config": {}, "step": step,
                                         "model": {"x": torch.full((5_000_000,), float(step))}})
 
 
@@ -184,7 +185,7 @@ def test_kill_9_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
         time.sleep(torch.rand(1, generator=generator).item() * 0.4)
         run.kill()
         run.join()
-        state = pretrain.load_checkpoint(path, "train")
+        state = pretrain.load_checkpoint(path, "pretrain")
         assert (state["model"]["x"] == state["step"]).all()
         step = max(step, state["step"])
     assert step > 0                                      # one at least was replaced
@@ -209,22 +210,27 @@ def test_a_killed_rank_comes_back_and_the_result_is_the_same(tmp_path, cache):
     assert same(a["model"], b["model"], 1e-6) and a["confidence"].equal(b["confidence"])
 
 
-def stopped_by_the_second(flags):
-    """Pre-training of which process 1 gets SIGTERM in the fifth step."""
+def stopped_by_the_second(flags, stage="pretrain"):
+    """A stage of which process 1 gets SIGTERM in the fifth step."""
     if os.environ["RANK"] == "1":
         pretrain.update = at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(pretrain.Stopped, match="by a signal, all is saved"):
-        pretrain.main(flags)
+        {"pretrain": pretrain, "train": train}[stage].main(flags)
 
 
 def test_two_processes_stopped_in_mid_epoch_and_resumed_log_the_same(tmp_path, cache):
-    """What each process has summed up since the epoch began is not lost."""
+    """What each process has summed up since the epoch began is not lost, nor is what it draws."""
     flags = flags_of(DECODER, tmp_path / "parts", cache, "--epochs", "2")
     two_processes(stopped_by_the_second, flags)
     assert 4 < read_state(tmp_path / "parts")["step"] < 8
     two_processes(pretrain.main, [*flags, "--resume"])
     two_processes(pretrain.main, [*flags, "--out", str(tmp_path / "whole")])
     assert same(read_log(tmp_path / "parts"), read_log(tmp_path / "whole"), 1e-6)
+    flags = flags_of(RANDOM, tmp_path / "train", cache, "--epochs", "2")
+    two_processes(stopped_by_the_second, flags, "train")
+    two_processes(train.main, [*flags, "--resume"])
+    two_processes(train.main, [*flags, "--out", str(tmp_path / "at-once")])
+    assert_same_run(tmp_path / "train", tmp_path / "at-once")
 
 
 def predict_into(path, flags):
@@ -250,26 +256,37 @@ def test_all_processes_predict_with_what_the_first_one_saves(tmp_path, cache):
 
 
 def keep_every_table(folder, flags):
-    """Train, and write what this process's table C was after each step."""
-    make, update, tables, kept = train.confidence_table, pretrain.update, [], []
+    """Train, and write this process's table C after each step and what PiCO keeps at the end."""
+    make, begin, update = train.confidence_table, train.pico_state, pretrain.update
+    tables, kept, pico = [], [], [{}]
 
     def keep(*args):
         tables.append(make(*args))
         return tables[-1]
 
+    def keep_pico(*args):
+        pico.append(begin(*args))
+        return pico[-1]
+
     def watch(*args):
         update(*args)
-        kept.append(tables[0]["confidence"].clone())
+        kept.append(torch.stack([tables[0]["confidence"], tables[0]["candidates"].float()]))
 
-    train.confidence_table, pretrain.update = keep, watch
+    train.confidence_table, train.pico_state, pretrain.update = keep, keep_pico, watch
     train.main(flags)
-    torch.save(kept, folder / f"rank-{os.environ['RANK']}.pt")
+    state = {**pico[-1]}
+    if state:
+        state["key_model"] = state["key_model"].state_dict()
+    torch.save((kept, state), folder / f"rank-{os.environ['RANK']}.pt")
 
 
-@pytest.mark.parametrize("method", ["ours", "pico-vit"])
-def test_every_process_holds_the_same_confidence_after_every_step(method, tmp_path, cache):
-    two_processes(keep_every_table, tmp_path, flags_for(method, tmp_path / "run", cache))
-    zero, one = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
+@pytest.mark.parametrize("method, more", [("ours", []), ("ours", ["--candidates", "lw1"]),
+                                          ("pico-vit", [])], ids=["ours", "lw1", "pico-vit"])
+def test_every_process_holds_the_same_confidence_after_every_step(method, more, tmp_path, cache):
+    two_processes(keep_every_table, tmp_path, [*flags_for(method, tmp_path / "run", cache), *more])
+    (zero, pico), (one, other) = (
+        torch.load(tmp_path / f"rank-{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert same(pico, other) and len(pico) == (5 if method == "pico-vit" else 0)
     assert len(zero) == len(one) == 16 and all(a.equal(b) for a, b in zip(zero, one))
     assert len({c.numpy().tobytes() for c in zero}) > 5  # it did change from step to step
 
@@ -293,9 +310,49 @@ def test_a_full_disk_is_an_error_before_training(tmp_path, cache, pretrained):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json"}
 
 
+def test_a_new_run_that_cannot_save_leaves_the_trained_one(trained, tmp_path, cache, monkeypatch):
+    """Nor do two that were given up before they learned anything put it away."""
+    out, was = tmp_path / "run", (trained / "last.pt").read_bytes()
+    shutil.copytree(trained, out)
+    flags = flags_of(["--init", "none"], out, cache)
+    with monkeypatch.context() as patch:
+        def full(path, state):
+            raise InputError(f"{path}: cannot be written")
+        patch.setattr(pretrain, "save_checkpoint", full)
+        with pytest.raises(InputError, match="cannot be written"):
+            train.main(flags)
+    assert (out / "last.pt").read_bytes() == (out / "previous.pt").read_bytes() == was
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(pretrain, "train_epoch", lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                train.main(flags)
+        assert read_state(out)["step"] == 0 and (out / "previous.pt").read_bytes() == was
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, cache, monkeypatch):
+    """A gradient may be infinite though the loss is not: here in the last step of an epoch."""
+    seen, build = [], train.build_model
+
+    def infinite(gradient):
+        seen.append(1)
+        return gradient * torch.inf if len(seen) == 16 else gradient
+
+    def model_with_hook(config):
+        model = build(config)
+        model.head.queries.register_hook(infinite)
+        return model
+
+    monkeypatch.setattr(train, "build_model", model_with_hook)
+    with pytest.raises(pretrain.Stopped, match=r"NaN or infinity after step 16; .*last.pt is the "):
+        train.main(flags_of(["--init", "none"], tmp_path, cache))
+    kept = read_state(tmp_path)
+    assert kept["step"] == 8 and all(v.isfinite().all() for v in kept["model"].values())
+
+
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
-    pretrain.save_checkpoint(path, {"stage": "train", "log": [], "config": {}, "model": {},
+    pretrain.save_checkpoint(path, {"stage": "pretrain", "log": [], "config": {}, "model": {},
                                     "step": 1})
 
     def fail(state, file):
@@ -304,7 +361,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", fail)
     with pytest.raises(InputError, match="cannot be written .*No space left"):
-        pretrain.save_checkpoint(path, {"stage": "train", "step": 2})
+        pretrain.save_checkpoint(path, {"stage": "pretrain", "step": 2})
     assert pretrain.load_checkpoint(path)["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
@@ -503,7 +560,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_takes_the_old_ones_place(tmp_path
     for name in ("fsync", "replace"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda *how, n=name, f=real: (done.append(n), f(*how))[1])
-    pretrain.save_checkpoint(tmp_path / "last.pt", {"stage": "train"})
+    pretrain.save_checkpoint(tmp_path / "last.pt", {"stage": "pretrain"})
     assert done == ["fsync", "replace"]
 
 
