@@ -43,7 +43,7 @@ def test_exercise_1_a_flat_cheek_is_not_an_edge():
     Hint: what does F.normalize divide by?
     Red afterwards: hard_binning_is_maskfeats_layer, brightness_contrast_and_negation,
     flat_image_gives_zero and linear_binning_splits in test_hog.py; hog_targets in
-    test_equations.py.
+    test_equations.py; readmes_pictures_are (hog) in test_pictures.py.
     """
     for binning, share in (("hard", 1.0), ("linear", math.hypot(0.75, 0.25))):
         for slope in (1e-4, 1e-3, 1e-2, 1.0):       # of an even ramp; Sobel's gradient is 8 slope
@@ -253,8 +253,8 @@ def test_exercise_7_a_revision_that_can_be_undone():
     Red afterwards: what expects one-hot rows. eq4_and_eq5 and algorithm_1 in test_equations.py;
     a_threshold_of_half in test_pll.py; in test_train.py confidence_after_training, two_processes,
     evaluation_prints and a_label_is_learned_from_sets; in test_pictures.py the_story_of_a_sample,
-    labels_that_were_given_up and evaluation_draws. (`is_revised`, and so the log, counts one-hot
-    rows alone.)
+    readmes_pictures_are (pll), labels_that_were_given_up and evaluation_draws. (`is_revised`, and
+    so the log, counts one-hot rows alone.)
     """
     torch.manual_seed(0)
     Y = torch.zeros(60, 7, dtype=torch.bool)
