@@ -195,7 +195,7 @@ def align(image, points, side):
     """
     if not np.isfinite(points).all():
         raise ValueError("not finite")
-    if (points == points[0]).all():
+    if (points == points[0]).all() or points.var(axis=0).sum() == 0:
         raise ValueError("five times the same point")
     forward = similarity(points, TEMPLATE * side / 112)             # input pixel -> output pixel
     matrix = np.linalg.inv(np.vstack([forward, [0, 0, 1]]))[:2]     # output pixel -> input pixel
