@@ -326,6 +326,26 @@ def test_faces_of_ones_own_go_through_both_stages_and_the_evaluation(tmp_path, c
         train.main([*flags, *more, "--resume"])
 
 
+def test_more_classes_than_a_simplex_has_room_for(tmp_path, capsys):
+    """Twenty, in 16 dimensions: no picture of the simplex, no pull to it; a face gets a label."""
+    names = [f"c{k:02d}" for k in range(20)]
+    for name in names:
+        Image.new("RGB", (16, 16), (12 * int(name[1:]), 99, 200)).save(tmp_path / f"{name}.png")
+    rows = [",".join([f"{name}.png", *(str(3 * (name == other)) for other in names)])
+            for name in names]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("\n".join([f"image,{','.join(names)}", *rows]))
+    flags = ["--data", "own", "--data-dir", str(tmp_path), "--cache", str(tmp_path / "c"), *TINY,
+             "--batch-size", "20", "--init", "none", "--no-revise"]
+    train.main([*flags, "--out", str(tmp_path / "run")])
+    evaluate.main([str(tmp_path / "run")])
+    assert (tmp_path / "run/pictures/queries.png").is_file()
+    evaluate.main([str(tmp_path / "run"), "--image", str(tmp_path / "c03.png")])
+    assert "  candidate set: c" in capsys.readouterr().out     # though none has a tenth
+    with pytest.raises(InputError, match="--uniform targets: 20 classes have no .* in 16 dimensio"):
+        train.main([*flags, "--uniform", "targets", "--out", str(tmp_path / "other")])
+
+
 def changed(run, path, **what):
     """A copy of a run whose last.pt holds other things; its folder, as text."""
     shutil.copytree(run, path)
