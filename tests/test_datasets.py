@@ -14,8 +14,9 @@ from PIL import Image, ImageOps
 
 import datasets
 import evaluate
+import pretrain
 import train
-from conftest import ROOT, TINY
+from conftest import DECODER, ROOT, TINY, read_state
 from datasets import (DATA, PROTOTYPES, TEMPLATE, Faces, InputError, align, five_points, hold_out,
                       list_toy, listing, load_faces, read_image, similarity, toy_sample,
                       voted_label)
@@ -637,3 +638,52 @@ def test_constants_that_others_have_measured():
                                  [70.73, 92.20]]
     theirs = torchvision.models.ViT_B_16_Weights.IMAGENET1K_V1.transforms()
     assert (list(DATA["raf"]["mean"]), list(DATA["raf"]["std"])) == (theirs.mean, theirs.std)
+
+
+def small_release(data, root):
+    """Fourteen training and seven test faces in the layout of RAF-DB or AffectNet, with points."""
+    splits = {"train": [k % 7 for k in range(14)], "test": list(range(7))}
+    points = np.zeros((68, 2))
+    points[36:42], points[42:48], points[[30, 48, 54]] = TEMPLATE[0], TEMPLATE[1], TEMPLATE[2:]
+    files = {"raf": {"train": "train_{}.jpg", "test": "test_{}.jpg"},
+             "affectnet7": {"train": "1/{}.jpg", "test": "2/{}.jpg"}}[data]
+    folder = root / ("basic/Image/original" if data == "raf" else ".")
+    tables = {split: [] for split in splits}
+    for split, labels in splits.items():
+        for i, label in enumerate(labels):
+            name = files[split].format(i)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (112, 112), (30 * label, 80, 9 * i)).save(folder / name)
+            tables[split].append((name, label))
+            if data == "raf":
+                manual = root / "basic/Annotation/manual" / f"{name[:-4]}_manu_attri.txt"
+                manual.parent.mkdir(parents=True, exist_ok=True)
+                manual.write_text("".join(f"{x} {y}\n" for x, y in TEMPLATE))
+    if data == "raf":
+        (root / "basic/EmoLabel").mkdir()
+        (root / "basic/EmoLabel/list_patition_label.txt").write_text("".join(
+            f"{name} {label + 1}\n" for rows in tables.values() for name, label in rows))
+        return
+    for split, name in (("train", "training.csv"), ("test", "validation.csv")):
+        with open(root / name, "w", newline="") as file:
+            csv.writer(file).writerows(
+                [["subDirectory_filePath", "facial_landmarks", "expression"],
+                 *[[path, ";".join(map(str, points.flatten())), label]
+                   for path, label in tables[split]]])
+
+
+@pytest.mark.parametrize("data", ["raf", "affectnet7"])
+@pytest.mark.parametrize("method", ["ours", "rc-vit"])
+def test_data_without_votes_go_through_both_stages_and_the_evaluation(data, method, tmp_path):
+    small_release(data, tmp_path)
+    flags = ["--data", data, "--data-dir", str(tmp_path), "--partial", "--cache",
+             str(tmp_path / "c"), *TINY, "--batch-size", "14", "--workers", "0", "--out"]
+    pretrain.main([*flags, str(tmp_path / "mim"), *DECODER])
+    train.main([*flags, str(tmp_path / "run"), "--method", method, "--init", str(tmp_path / "mim"),
+                *["--warmup-revision", "1"] * (method == "ours")])
+    candidates = read_state(tmp_path / "run")["candidates"]               # of lw1
+    assert candidates.shape == (14, 7) and candidates[range(14), [k % 7 for k in range(14)]].all()
+    evaluate.main([str(tmp_path / "run")])
+    found = json.loads((tmp_path / "run/test.json").read_text())
+    assert found["faces"] == 7 and "vote_nll" in found and "inside_candidate_set" not in found
+    assert (tmp_path / "run/pictures/reliability-test.png").is_file()
