@@ -35,6 +35,7 @@ from tqdm import tqdm
 from datasets import (DATA, InputError, align, as_picture, normalise, number, read_csv,
                       read_image, resize, to_array)
 from decoder import attention_picture
+from hog import footnote
 from pll import (candidates_from_votes, cosines, draw_matrix, initial_confidence, is_revised,
                  simplex)
 from pretrain import (FREE, Stopped, autocast, command_line, load_checkpoint, load_split,
@@ -544,7 +545,8 @@ def disambiguation(faces, candidates, confidence, predicted, classes):
                 draw.line((x + 6, at + 15, end, at + 15), "firebrick", 3)
         at = y + side + 38 + 28 * int(candidates[i].sum())
         draw.text((x + 8, at), f"predicted: {classes[predicted[i]]}", "darkgreen", font(20))
-    return sheet
+    return footnote(sheet, "blue: the candidate set; struck through: given up in training; "
+                    "predicted: by the network at the end")
 
 
 @torch.no_grad()
@@ -555,7 +557,9 @@ def attention_of(model, run, state, images, titles):
         tokens = model.encoder(x)[:, 1:]                                   # (n, HW, d)
         logits, maps = model.head(tokens, need_attention=True)             # (n, K) and the maps
     zeta = logits.float().softmax(1).cpu()
-    return attention_picture([as_picture(f) for f in images], maps, zeta, state["classes"], titles)
+    sheet = attention_picture([as_picture(f) for f in images], maps, zeta, state["classes"], titles)
+    return footnote(sheet, "red cloud: where the label's query looks (last layer, mean over heads, "
+                    "each by its own maximum); number: the label's probability, the largest in red")
 
 
 def pictures(run, model, state, faces, logits, result, known, answers):
@@ -579,7 +583,8 @@ def pictures(run, model, state, faces, logits, result, known, answers):
         shown = [("before", before), ("after", after)]
         if len(classes) <= after.shape[1] + 1:           # else there is none
             shown.append(("simplex", simplex(*after.shape)))
-        made["queries"] = cosines(shown, classes, c["tau"])
+        made["queries"] = footnote(cosines(shown, classes, c["tau"]), "cosines of the label "
+                                   "queries: red 1, white 0, blue -1")
     if c["revise"]:
         made.update(disambiguated(state, known, answers))
     return made

@@ -23,6 +23,7 @@ import argparse
 import colorsys
 import math
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,16 @@ def glyphs(histograms, pixels):
         fill = tuple(int(255 - min(share, 1) * (255 - c)) for c in colour(b))
         draw.line((x - dx, y - dy, x + dx, y + dy), fill, max(pixels // 8, 1))
     return picture
+
+
+def footnote(picture, text):
+    """The picture with a legend beneath it, in lines that fit: PIL RGB."""
+    lines = textwrap.wrap(text, picture.width // 11)
+    sheet = Image.new("RGB", (picture.width, picture.height + 20 + 28 * len(lines)), "white")
+    sheet.paste(picture)
+    ImageDraw.Draw(sheet).multiline_text((16, picture.height + 8), "\n".join(lines), "black",
+                                         ImageFont.load_default(20), spacing=6)
+    return sheet
 
 
 def figure(image):

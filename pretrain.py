@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 from datasets import (InputError, augment, data_flags, load_faces, prepare, settle_classes,
                       settle_flags, to_picture)
-from hog import from_patches, glyphs, hog_targets
+from hog import footnote, from_patches, glyphs, hog_targets
 from vit import Block, ViT, initialise, patchify, unpatchify, wave_positions
 
 # setting: (paper, laptop, smallest, largest, meaning), or for a choice: (paper, laptop, choices,
@@ -291,7 +291,9 @@ def reconstruction(run, model, faces, note, pixels=288):
             x, y = pad + k * (pixels + pad), top + i * (pixels + pad)
             sheet.paste(column, (x, y))
             draw.rectangle((x - 1, y - 1, x + pixels, y + pixels), outline="silver")
-    return sheet
+    strokes = "a stroke: the direction of a cell's edges, the stronger the more votes; "
+    return footnote(sheet, strokes * (c["target"] == "hog") + "grey: masked; white: not predicted, "
+                    "as the encoder sees it")
 
 
 # ------------------------------------------------------------------ what both stages need: settings

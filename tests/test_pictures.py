@@ -284,6 +284,14 @@ def test_where_the_data_lie_now_takes_the_place_of_what_the_run_had(monkeypatch)
     assert asked.value.args[2].keys() == {"device", "deterministic", "accumulate"}
 
 
+def test_a_legend_stands_beneath_a_picture_and_inside_its_width():
+    for width in (180, 1200):
+        below = np.asarray(hog.footnote(Image.new("RGB", (width, 50), "teal"), "red: one, " * 20))
+        assert (below[:50] == (0, 128, 128)).all() and (below[50:58] == 255).all()
+        inked = (below[50:] < 128).all(-1)
+        assert inked.any() and not inked[-4:].any() and not inked[:, -4:].any()
+
+
 def test_labels_that_were_given_up_are_struck_through(cache):
     faces = load_faces("toy", None, "val", 16, cache=cache).subset(torch.tensor([0]))
     candidates = torch.tensor([[True, True, False, True, False, False, False]])
