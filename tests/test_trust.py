@@ -17,6 +17,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 import evaluate
 import pretrain
@@ -291,10 +292,15 @@ def test_every_process_holds_the_same_confidence_after_every_step(method, more, 
     assert len({c.numpy().tobytes() for c in zero}) > 5  # it did change from step to step
 
 
-def test_more_processes_than_faces_is_an_error():
-    config, faces = dict(batch_size=8), range(5)
-    with pytest.raises(InputError, match="--batch-size 8 is more than the 5 faces"):
-        pretrain.steps_per_epoch(pretrain.Run(config, 0, 8, torch.device("cpu")), faces)
+def test_more_processes_than_faces_is_an_error(tmp_path):
+    Image.new("RGB", (32, 32), "teal").save(tmp_path / "a.png")
+    (tmp_path / "train.csv").write_text("image,joy,grief\na.png,3,1\n")
+    done = run_script("pretrain.py", "--data", "own", "--data-dir", tmp_path, "--cache",
+                      tmp_path / "c", "--out", tmp_path / "run", *TINY, "--batch-size", 2,
+                      before=TORCHRUN, status=1)           # torchrun's own status
+    assert "\nerror: --batch-size 2 is more than the 1 faces\n" in f"\n{done.stderr}"
+    assert re.search(r"exitcode *: 2 ", done.stderr)
+    assert str(ROOT / "pretrain.py") + '", line' not in done.stderr    # a traceback, but torchrun's
 
 
 def test_a_full_disk_is_an_error_before_training(tmp_path, cache, pretrained):
