@@ -965,11 +965,12 @@ def close_epoch(run, state, record, end_of_epoch):
 def pace(run, begin, done, left):
     """Of `done` steps since `begin`: images a second, seconds for the `left` ones, and shares.
 
-    Shares of the time, 0 .. 1, of reading faces and of augmenting them and making targets; the rest
-    is the model's. On CUDA the first copy to the device, in `target`, awaits the step before.
+    Shares of the time, 0 .. 1, of reading faces, of augmenting them and making targets, and of the
+    rest, the model's. On CUDA the first copy to the device, in `target`, awaits the step before.
     """
     seconds = time.perf_counter() - begin
     shares = {f"{name}_share": round(run.seconds[name] / seconds, 4) for name in run.seconds}
+    shares["model_share"] = round(1 - sum(shares.values()), 4)
     run.seconds.update(data=0.0, target=0.0)
     return {"images_per_second": round(done * run.config["batch_size"] / seconds, 1),
             "seconds_left": round(seconds / done * left), **shares}

@@ -93,7 +93,8 @@ def two_processes(work, *args):
 def read_log(folder):
     """The epochs of log.jsonl, without what depends on the clock."""
     lines = (pathlib.Path(folder) / "log.jsonl").read_text().splitlines()
-    clock = ("images_per_second", "seconds_left", "data_share", "target_share")
+    clock = ("images_per_second", "seconds_left", "data_share", "target_share",
+             "model_share")
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
 

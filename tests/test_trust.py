@@ -682,7 +682,8 @@ def test_an_epoch_tells_how_long_is_left_and_where_time_goes(trained):
         record = json.loads(line)
         assert record["images_per_second"] > 0 and (record["seconds_left"] > 0) <= left
         assert 0 < record["data_share"] and 0 < record["target_share"]
-        assert record["data_share"] + record["target_share"] < 1
+        shares = [record[f"{what}_share"] for what in ("data", "target", "model")]
+        assert record["model_share"] > 0 and sum(shares) == pytest.approx(1)
 
 
 def test_on_a_terminal_a_bar_is_drawn_and_wiped_before_the_epochs_line(tmp_path, cache, capfd):
