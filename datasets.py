@@ -273,6 +273,12 @@ def inside(root, name, where):
     return root / name
 
 
+def once(name, known, where):
+    """InputError for the name of a row that stands among those of the rows before."""
+    if name in known:
+        raise InputError(f"{where}: {name} is listed twice; remove one row")
+
+
 def votes_of(root, name, row, columns, where):
     """The votes of an image's row in these columns; one at least, and the image below `root`."""
     inside(root, name, where)
@@ -382,8 +388,7 @@ def raf_labels(table, split):
                              "correct the row")
         name = parts[0]
         inside(table, name, where)
-        if name in labels:
-            raise InputError(f"{where}: {name} is listed twice; remove one row")
+        once(name, labels, where)
         if not name.startswith(("train_", "test_")):
             raise InputError(f"{where}: {name!r} begins with neither train_ nor test_; rename the "
                              "file and correct the row")
@@ -410,8 +415,7 @@ def list_raf(root, split, align_by, partial):
     if share.exists():
         found = {}
         for where, (name, *cells) in read_rows(share):
-            if name in found:
-                raise InputError(f"{where}: {name} is listed twice; remove one row")
+            once(name, found, where)
             found[name] = [number(v, where, whole=False) for v in cells]
         missing = [n for n in names if len(found.get(n, ())) != 7 or sum(found[n]) == 0]
         if missing:
@@ -452,8 +456,7 @@ def list_affectnet(data, root, split, partial):
         for line, row in read_csv(table, columns):
             where, name = f"{table}, row {line}", row["subDirectory_filePath"]
             label = number(row["expression"], where, 0, 10)
-            if name in seen:
-                raise InputError(f"{where}: {name} is listed twice; remove one row")
+            once(name, seen, where)
             seen.add(name)
             rows.append((inside(root, name, where), label, where, row["facial_landmarks"] or ""))
     elif (folder / "images").is_dir():

@@ -24,6 +24,7 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
-from datasets import (DATA, InputError, align, as_picture, normalise, number, read_csv,
+from datasets import (DATA, InputError, align, as_picture, normalise, number, once, read_csv,
                       read_image, resize, to_array)
 from decoder import attention_picture
 from hog import footnote
@@ -581,7 +582,7 @@ def pictures(run, model, state, faces, logits, result, known, answers):
         before = build_model(c).head.queries.detach()
         after = model.head.queries.detach().cpu()
         shown = [("before", before), ("after", after)]
-        if len(classes) <= after.shape[1] + 1:           # else there is none
+        with suppress(ValueError):                       # too many classes have none
             shown.append(("simplex", simplex(*after.shape)))
         made["queries"] = footnote(cosines(shown, classes, c["tau"]), "cosines of the label "
                                    "queries: red 1, white 0, blue -1")
@@ -626,8 +627,7 @@ def read_landmarks(path):
     columns, found = [f"{axis}{i}" for i in range(1, 6) for axis in "xy"], {}
     for line, row in read_csv(Path(path), ["image"] + columns):
         where = f"{path}, row {line}"
-        if row["image"] in found:
-            raise InputError(f"{where}: {row['image']} is listed twice; remove one row")
+        once(row["image"], found, where)
         points = np.array([number(row[k], where, -1e6, 1e6, whole=False) for k in columns])
         found[row["image"]] = points.reshape(5, 2)
         if (found[row["image"]] == found[row["image"]][0]).all():

@@ -942,11 +942,16 @@ def fit(run, model, optimizer, faces, step_loss, saved, end_of_epoch, extra=dict
 def set_aside(last):
     """Copy an earlier run's checkpoint to previous.pt, so that it is not lost.
 
-    One from before the first step holds nothing, and does not take the place of one that does.
+    One from before the first step holds nothing, and does not take the place of one that does;
+    what cannot be read as a checkpoint is kept all the same.
     """
-    if last.exists() and load_checkpoint(last).get("step") != 0:
-        with open(last, "rb") as file:
-            replace_file(last.with_name("previous.pt"), lambda copy: shutil.copyfileobj(file, copy))
+    if not last.exists():
+        return
+    with suppress(InputError):
+        if load_checkpoint(last).get("step") == 0:
+            return
+    with open(last, "rb") as file:
+        replace_file(last.with_name("previous.pt"), lambda copy: shutil.copyfileobj(file, copy))
 
 
 def close_epoch(run, state, record, end_of_epoch):

@@ -185,9 +185,12 @@ def build_model(config):
         encoder = build_encoder(config, config["drop_path"])
         dim, heads = config["dim"], config["heads"]
     classes = len(DATA[config["data"]]["classes"])
-    if config["uniform"] == "targets" and classes > dim + 1:
-        raise InputError(f"--uniform targets: {classes} classes have no regular simplex in {dim} "
-                         f"dimensions; give a --dim of {classes - 1} or more")
+    if config["uniform"] == "targets":
+        try:
+            simplex(classes, dim)
+        except ValueError as error:
+            raise InputError(f"--uniform targets: {error}; give a --dim of "
+                             f"{classes - 1} or more") from None
     if config["head"] == "decoder":
         head = LabelDecoder(dim, classes, heads, config["decoder_layers"], config["dropout"])
     else:

@@ -124,9 +124,11 @@ def test_the_real_ferplus(tmp_path):
             listing("ferplus", REAL, "test")
 
 
-def fake_raf(root, aligned=True, share=False):
+THREE = [("train_00001", 5), ("train_00002", 1), ("test_0001", 7)]
+
+
+def fake_raf(root, aligned=True, share=False, rows=THREE):
     (root / "basic/EmoLabel").mkdir(parents=True)
-    rows = [("train_00001", 5), ("train_00002", 1), ("test_0001", 7)]
     (root / "basic/EmoLabel/list_patition_label.txt").write_text("".join(
         f"{n}.jpg {l}\n" for n, l in rows))
     for n, l in rows:
@@ -184,6 +186,21 @@ def test_raf_reads_a_distribution_as_votes(tmp_path):
         "raf", tmp_path, "train", partial=True).notes[0]
 
 
+def marks_at(corners):
+    """AffectNet's 68 landmarks of a face with these eyes, nose tip and mouth corners (5, 2)."""
+    marks = np.zeros((68, 2))
+    for where, point in zip((slice(36, 42), slice(42, 48), 30, 48, 54), corners):
+        marks[where] = point
+    return marks
+
+
+def fake_affectnet(table, rows):
+    """A csv file of AffectNet, of rows (image, landmarks, label)."""
+    with open(table, "w", newline="") as file:
+        csv.writer(file).writerows([["subDirectory_filePath", "facial_landmarks", "expression"], *(
+            [name, ";".join(map(str, marks.flatten())), label] for name, marks, label in rows)])
+
+
 LANDMARKS = np.random.default_rng(0).uniform(20, 80, (68, 2))
 
 
@@ -237,15 +254,9 @@ def test_affectnet_from_csv_and_from_folders(tmp_path):
 def test_affectnet_faces_are_aligned_by_their_own_landmarks(tmp_path):
     """A framed face of its own colour a row; the second row is no expression and is left out."""
     def read(shift):
-        marks = np.zeros((68, 2))
-        corners = TEMPLATE * 100 / 112 + 60 + shift
-        for where, point in zip((slice(36, 42), slice(42, 48), 30, 48, 54), corners):
-            marks[where] = point
-        with open(tmp_path / "training.csv", "w", newline="") as file:
-            rows = csv.writer(file)
-            rows.writerow(["subDirectory_filePath", "facial_landmarks", "expression"])
-            rows.writerows([f"{i}.png", ";".join(map(str, marks.flatten())), label]
-                           for i, label in enumerate((3, 9, 0)))
+        marks = marks_at(TEMPLATE * 100 / 112 + 60 + shift)
+        fake_affectnet(tmp_path / "training.csv",
+                       [(f"{i}.png", marks, label) for i, label in enumerate((3, 9, 0))])
         os.utime(tmp_path / "training.csv", (shift, shift))
         return load_faces("affectnet7", tmp_path, "train", 32, cache=tmp_path / "c")[[0, 1]].float()
 
@@ -642,34 +653,17 @@ def test_constants_that_others_have_measured():
 
 def small_release(data, root):
     """Fourteen training and seven test faces in the layout of RAF-DB or AffectNet, with points."""
-    splits = {"train": [k % 7 for k in range(14)], "test": list(range(7))}
-    points = np.zeros((68, 2))
-    points[36:42], points[42:48], points[[30, 48, 54]] = TEMPLATE[0], TEMPLATE[1], TEMPLATE[2:]
-    files = {"raf": {"train": "train_{}.jpg", "test": "test_{}.jpg"},
-             "affectnet7": {"train": "1/{}.jpg", "test": "2/{}.jpg"}}[data]
-    folder = root / ("basic/Image/original" if data == "raf" else ".")
-    tables = {split: [] for split in splits}
-    for split, labels in splits.items():
-        for i, label in enumerate(labels):
-            name = files[split].format(i)
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (112, 112), (30 * label, 80, 9 * i)).save(folder / name)
-            tables[split].append((name, label))
-            if data == "raf":
-                manual = root / "basic/Annotation/manual" / f"{name[:-4]}_manu_attri.txt"
-                manual.parent.mkdir(parents=True, exist_ok=True)
-                manual.write_text("".join(f"{x} {y}\n" for x, y in TEMPLATE))
+    faces = [(split, i, i % 7) for split, count in (("train", 14), ("test", 7))
+             for i in range(count)]
     if data == "raf":
-        (root / "basic/EmoLabel").mkdir()
-        (root / "basic/EmoLabel/list_patition_label.txt").write_text("".join(
-            f"{name} {label + 1}\n" for rows in tables.values() for name, label in rows))
+        fake_raf(root, aligned=False, rows=[(f"{split}_{i}", k + 1) for split, i, k in faces])
         return
-    for split, name in (("train", "training.csv"), ("test", "validation.csv")):
-        with open(root / name, "w", newline="") as file:
-            csv.writer(file).writerows(
-                [["subDirectory_filePath", "facial_landmarks", "expression"],
-                 *[[path, ";".join(map(str, points.flatten())), label]
-                   for path, label in tables[split]]])
+    rows = {"train": [], "test": []}
+    for split, i, k in faces:
+        Image.new("RGB", (112, 112), (30 * k, 80, 9 * i)).save(root / f"{split}-{i}.png")
+        rows[split].append((f"{split}-{i}.png", marks_at(TEMPLATE), k))
+    fake_affectnet(root / "training.csv", rows["train"])
+    fake_affectnet(root / "validation.csv", rows["test"])
 
 
 @pytest.mark.parametrize("data", ["raf", "affectnet7"])

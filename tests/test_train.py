@@ -263,6 +263,14 @@ def test_an_earlier_runs_checkpoint_is_kept(trained, cache, tmp_path):
     assert not same(kept["model"], read_state(tmp_path / "run")["model"])
 
 
+def test_what_cannot_be_read_as_a_checkpoint_is_kept_too(cache, tmp_path):
+    (tmp_path / "last.pt").write_text("perhaps of another version")
+    pretrain.main([*TINY, *DECODER, "--epochs", "1", "--warmup-epochs", "0", "--out", str(tmp_path),
+                   "--cache", str(cache)])
+    assert (tmp_path / "previous.pt").read_text() == "perhaps of another version"
+    assert len(read_state(tmp_path)["log"]) == 1
+
+
 def test_faces_without_an_edge_do_not_end_a_pre_training(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "black.png")
     (tmp_path / "train.csv").write_text("image,joy,grief\nblack.png,3,1\n")
