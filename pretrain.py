@@ -697,6 +697,10 @@ def saved_state(run, kept=()):
     if missing:
         raise InputError(f"{path}: has no {', '.join(missing)}; it cannot be resumed")
     old, new = state["config"], run.config
+    newer = [k for k in new if k not in old and k not in FREE]
+    if newer:
+        raise InputError(f"{path}: is older than the setting {', '.join(newer)}; go on with the "
+                         "code of its commit (config.json)")
     changed = [f"{k} was {old.get(k)}, is {new.get(k)}" for k in sorted(old.keys() | new.keys())
                if k not in FREE and old.get(k) != new.get(k)]
     if changed:

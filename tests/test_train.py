@@ -426,6 +426,16 @@ def test_a_checkpoint_without_what_a_resumed_run_needs_is_refused(pretrained, tr
         shutil.rmtree(tmp_path / "run")
 
 
+def test_a_run_older_than_a_setting_is_not_resumed(trained, cache, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "run")
+    state = read_state(trained)
+    del state["config"]["lw_loss"]
+    torch.save(state, tmp_path / "run/last.pt")
+    assert error_of(train, [*TINY, "--out", tmp_path / "run", "--cache", cache, "--resume"],
+                    capsys) == (f"error: {tmp_path / 'run/last.pt'}: is older than the setting "
+                                "lw_loss; go on with the code of its commit (config.json)\n")
+
+
 @pytest.mark.parametrize("script, flags, message", [
     (train, [], "runs/pretrain-toy/last.pt: no pre-training run; make it with: python pretrain.py"),
     (train, ["--init", "nowhere"], "nowhere/last.pt: no pre-training run; make it with: python "
