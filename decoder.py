@@ -48,7 +48,7 @@ class Attention(nn.Module):
     def weights(self, query, key):
         """The attention itself, (B, heads, K, M); each row is positive and sums to 1."""
         q, k = self.split(self.q(query)), self.split(self.k(key))
-        return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1)
+        return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1)   # (B, heads, K, M)
 
 
 class DecoderLayer(nn.Module):
@@ -101,8 +101,7 @@ class LabelDecoder(nn.Module):
     def forward(self, tokens, need_attention=False):
         """Logits (B, K); with `need_attention` also each layer's map (B, layers, heads, K, HW).
 
-        Ask for maps in `eval()` mode: dropout, drawn anew for them, would make them others than
-        those that the logits come from.
+        Ask for maps in `eval()` mode: in training their dropout is not that of the logits.
         """
         x = torch.zeros(len(tokens), *self.queries.shape, dtype=tokens.dtype, device=tokens.device)
         maps = []

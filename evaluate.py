@@ -37,8 +37,8 @@ from datasets import (DATA, InputError, align, as_picture, normalise, number, on
                       read_image, resize, to_array)
 from decoder import attention_picture
 from hog import footnote
-from pll import (candidates_from_votes, cosines, draw_matrix, initial_confidence, is_revised,
-                 simplex)
+from pll import (candidates_from_votes, cosines, draw_matrix, initial_confidence, is_one_hot,
+                 pll_loss, simplex)
 from pretrain import (FREE, Stopped, autocast, command_line, load_checkpoint, load_split,
                       load_weights, replace_file, same_faces, say, start)
 from train import METHODS, SETTINGS, accuracies, build_model, parse, predict, training_faces
@@ -86,8 +86,7 @@ def reliability(logits, votes, bins=15):
     shares = votes / votes.sum(dim=1, keepdim=True)                        # (n, K)
     top, predicted = logits.float().softmax(dim=1).max(dim=1)              # (n,)
     agree = shares.gather(1, predicted[:, None]).squeeze(1)                # (n,)
-    where = (top * bins).long().clamp(max=bins - 1)
-    add = lambda values: torch.zeros(bins).index_add(0, where, values)     # (bins,)
+    add = lambda values: torch.histogram(top, bins, range=(0.0, 1.0), weight=values).hist  # (bins,)
     return add(torch.ones_like(top)), add(top), add(agree)
 
 
@@ -104,7 +103,7 @@ def vote_metrics(logits, votes):
     """
     shares = votes / votes.sum(dim=1, keepdim=True)
     _, probability, share = reliability(logits, votes)
-    return (-(shares * logits.float().log_softmax(dim=1)).sum(dim=1).mean().item(),
+    return (pll_loss(logits, shares).item(),
             (probability - share).abs().sum().item() / len(logits))
 
 
@@ -121,7 +120,7 @@ def disputed(votes):
 
 def reduced_wrongly(faces, candidates, confidence):
     """Training faces whose several candidates became one that is not the voted label, (n,) bool."""
-    return (candidates.sum(dim=1) > 1) & is_revised(confidence) \
+    return (candidates.sum(dim=1) > 1) & is_one_hot(confidence) \
         & (confidence.argmax(dim=1) != faces.labels)
 
 
@@ -140,7 +139,7 @@ def became(faces, candidates, confidence, predicted):
         the network have the voted label; on the toy also `..._as_true`, the drawn class.
     A share of no faces is left out.
     """
-    label, reduced = confidence.argmax(dim=1), is_revised(confidence)      # (n,)
+    label, reduced = confidence.argmax(dim=1), is_one_hot(confidence)      # (n,)
     several, wrong = candidates.sum(dim=1) > 1, reduced_wrongly(faces, candidates, confidence)
     usual = (candidates * initial_confidence(candidates).mean(dim=0)).argmax(dim=1)        # (n,)
     found, hits = {}, {"trivial_as_voted": (usual == faces.labels)[several & reduced],
@@ -167,14 +166,14 @@ def measure(logits, faces, classes, new=None):
     predicted, labels, K = logits.argmax(dim=1), faces.labels, len(classes)
     # (K, K); row: voted label, column: prediction.
     confusion = torch.bincount(labels * K + predicted, minlength=K * K).reshape(K, K)
-    hits, faces_each, given = confusion.diag(), confusion.sum(1), confusion.sum(0)         # (K,)
+    right, voted, said = confusion.diag(), confusion.sum(1), confusion.sum(0)   # counts, (K,) each
     accuracy, mean_class = accuracies(predicted, labels)
     result = {
         "faces": len(faces), "accuracy": accuracy, "mean_class_accuracy": mean_class,
-        "majority_class_rate": faces_each.max().item() / len(faces),
-        "per_class": {name: {"faces": int(n), "recall": (h / n).item() if n else None,
-                             "precision": (h / g).item() if g else None}
-                      for name, n, h, g in zip(classes, faces_each, hits, given)},
+        "majority_class_rate": voted.max().item() / len(faces),
+        "per_class": {name: {"faces": int(v), "recall": (r / v).item() if v else None,
+                             "precision": (r / s).item() if s else None}
+                      for name, r, v, s in zip(classes, right, voted, said)},
         "confusion": confusion.tolist()}
     if faces.votes is not None:
         candidates = candidates_from_votes(faces.votes)                    # (n, K)

@@ -51,7 +51,7 @@ def gradients(images):
 
 
 def magnitude_and_angle(gx, gy):
-    """Length of the gradient and its orientation in bins, -9 .. 9, which `hog` takes modulo 9.
+    """Length of the gradient, its angle from the y axis (MaskFeat's) in bins, -9 .. 9, modulo 9.
 
     Both are finite, and so are their gradients: where the image is flat the angle has no meaning
     and the derivatives of sqrt and atan2 do not exist, so such pixels are given length 0, a
@@ -74,9 +74,9 @@ def cell_sums(bins, votes, cell):
     row = torch.arange(votes.shape[-2], device=votes.device) // cell
     column = torch.arange(votes.shape[-1], device=votes.device) // cell
     plane, cells = height * width, row[:, None] * width + column        # a pixel's cell, (H, W)
-    # Bin b votes in plane b + 18 of 36: no modulo for each pixel, planes 9 apart are added at last.
+    # Bin b votes in plane b + 18 of 36; adding planes 9 apart, at the end, is the modulo.
     place = bins.long().mul_(plane).add_(cells + 2 * BINS * plane)      # (B, C, H, W)
-    planes = votes.new_zeros(*votes.shape[:2], 4 * BINS * plane)
+    planes = votes.new_zeros(*votes.shape[:2], 4 * BINS * plane)        # (B, C, 36*h*w)
     planes = planes.scatter_add(2, place.flatten(2), votes.flatten(2))  # each pixel votes once
     return planes.unflatten(2, (4, BINS, height, width)).sum(dim=2)     # (B, C, 9, H/cell, W/cell)
 
@@ -236,6 +236,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         image = Image.open(args.image) if args.image else drawn_face()
+        if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+            raise ValueError(f"{args.image} is not of 8-bit grey or RGB but {image.mode}")
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         figure(image).save(args.out)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

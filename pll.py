@@ -8,8 +8,9 @@ companion. Pure functions over a batch or the whole training set; train.py keeps
     B, n                                rows of a batch, faces of the training set
     Y          candidates  (B, K) bool  labels that may be the true one; never empty
     C          confidence  (B, K)       how far each label is believed: >= 0, a row sums to 1
-    zeta       softmax of the logits    the classifier's probabilities in Eq. (2)
-    phi        sigmoid of the logits    the response in Eq. (4)
+    sigma      logits      (B, K)       output of the classifier, sigma_logits in Sec. 3.3.2
+    zeta                   (B, K)       softmax of the logits, the probabilities in Eq. (2)
+    phi                    (B, K)       sigmoid of the logits, the response in Eq. (4)
     Q, t_i     queries     (K, d)       label queries, and their directions on the unit sphere
     tau        tau                      temperature of Eq. (3)
     threshold  threshold   in [0, 1)    what the first label's lead must exceed in Eq. (5)
@@ -88,7 +89,7 @@ def initial_confidence(candidates, votes=None):
 # --------------------------------------------------------------------------------------- the losses
 
 def pll_loss(logits, confidence):
-    """Cross-entropy of the classifier's softmax against C, the mean over the batch, in fp32.
+    """Cross-entropy of the classifier's softmax against C, (B, K) each: the batch's mean, in fp32.
 
     Eq. (2): sum over classes j of -C_ij log zeta_j(x_i). With one candidate it is cross-entropy.
     """
@@ -167,8 +168,8 @@ def largest_lead(confidence):
     return confidence.max(dim=1).values
 
 
-def is_revised(confidence):
-    """Rows that are one-hot: (B, K) -> (B,) bool."""
+def is_one_hot(confidence):
+    """Rows with a single label, from the start or by revision: (B, K) -> (B,) bool."""
     return confidence.max(dim=1).values == 1
 
 
@@ -186,8 +187,9 @@ def rc_update(logits, candidates):
 def cc_loss(logits, candidates):
     """CC (Feng et al. 2020): mean of -log sum over the candidates of zeta_j, a scalar in fp32.
 
-    It only asks that the true label be in the set; 0 if all labels are candidates. Its gradient is
-    that of Eq. (2) with C = `rc_update` of the same logits; RC's C is of the visit before.
+    logits (B, K), candidates (B, K) bool. It only asks that the true label be in the set; 0 if all
+    labels are candidates. Its gradient is that of Eq. (2) with C = `rc_update` of the same logits;
+    RC's C is of the visit before.
     """
     logits = logits.float()
     inside = logits.masked_fill(~candidates, -math.inf).logsumexp(dim=1)  # (B,)
@@ -201,14 +203,11 @@ def lw_weights(logits, candidates):
 
     A set that holds all labels has no outside, and its weights there are 0.
     """
-    logits = logits.detach().float()
-    inside = logits.masked_fill(~candidates, -math.inf).softmax(dim=1)
-    outside = logits.masked_fill(candidates, -math.inf).softmax(dim=1).nan_to_num(0.0)
-    return inside + outside
+    return rc_update(logits, candidates) + rc_update(logits, ~candidates).nan_to_num(0.0)
 
 
 def lw_loss(logits, candidates, weights, beta=1.0, kind="sigmoid"):
-    """LW's loss, the mean over the batch in fp32.
+    """LW's loss of logits, candidates and weights, (B, K) each: the batch's mean, in fp32.
 
     Sum over candidates of w_j inside_j, plus beta times the sum over the others of w_j outside_j.
     kind "sigmoid": sigmoid(-g_j) and sigmoid(g_j) of the logits g; "ce" (cross-entropy): -log
@@ -308,7 +307,7 @@ def story(threshold=0.1):
     for k, (when, logits) in enumerate((("An early visit", early), ("A later visit", late))):
         v1, v2, id1 = (v.item() for v in top2(start, logits))           # Eq. (4)
         after = revise(start, logits, threshold)                        # Eq. (5)
-        if is_revised(after).item():
+        if is_one_hot(after).item():
             verdict, chosen = f"more than {threshold}: revise", (id1,)
             note = "one label for good: a one-hot row\ncan only become itself"
         else:

@@ -63,7 +63,7 @@ MODEL_SETTINGS = {
     "heads": (12, 4, 1, 64, "attention heads of the encoder"),
 }
 # The ViT, epochs, batch size, learning rate and mask ratio are the paper's (Sec. 4.2), the decoder
-# is MAE's, `picture_every` is ours, all else MaskFeat's.
+# is MAE's, `picture_every` and `save_every` are ours, all else MaskFeat's.
 SETTINGS = {
     **MODEL_SETTINGS,
     "decoder_dim": (512, 96, 4, 4096, "width of the reconstruction decoder"),
@@ -80,6 +80,7 @@ SETTINGS = {
     "clip": (0.02, 0.02, 1e-6, 1e9, "largest norm of the gradient"),
     "crop_scale": (0.5, 0.5, 0.01, 1.0, "smallest area of a random crop"),
     "picture_every": (50, 4, 1, 100_000, "epochs from one picture of the predictions to the next"),
+    "save_every": (10, 1, 1, 100_000, "epochs from one checkpoint to the next"),
 }
 
 
@@ -94,36 +95,35 @@ def masked_count(patches, ratio):
 def random_mask(batch, grid, count, seed):
     """Exactly `count` patches of each image, uniformly: (B, N) bool, True is masked."""
     noise = torch.rand(batch, grid * grid, generator=torch.Generator().manual_seed(seed))
-    ranks = noise.argsort(dim=1).argsort(dim=1)                          # (B, N), 0 .. N-1 a row
+    ranks = noise.argsort(dim=1).argsort(dim=1)     # how many of its row are smaller, (B, N)
     return ranks < count
 
 
 def block_mask(grid, count, rng):
     """Exactly `count` masked patches of one image in rectangles (BEiT, MaskFeat): (N,) bool.
 
-    A rectangle is drawn with at least 16 of 196 patches (that share of another grid) and an aspect
-    ratio log-uniform in 0.3 .. 1/0.3, then its sides are rounded; if it does not fit or adds too
-    many patches or none it is drawn again, ten times at most. What is then missing is filled with
-    single patches.
+    A rectangle has at least 16 of 196 patches (that share of another grid) before its sides are
+    rounded, and an aspect ratio log-uniform in 0.3 .. 1/0.3. It is refused if it does not fit, adds
+    nothing or too much; after ten refusals in a row single patches make up the count.
     """
     mask = np.zeros((grid, grid), dtype=bool)
     smallest = 16 / 196 * grid * grid
-    left, tries = count, 10
-    while left > 0 and tries > 0:
+    missing, tries = count, 10
+    while missing > 0 and tries > 0:
         tries -= 1
-        area = rng.uniform(smallest, max(left, smallest))
+        area = rng.uniform(smallest, max(missing, smallest))
         aspect = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if not (0 < height <= grid and 0 < width <= grid):
             continue
-        top, start = rng.randint(0, grid - height), rng.randint(0, grid - width)
-        block = mask[top:top + height, start:start + width]
+        top, left = rng.randint(0, grid - height), rng.randint(0, grid - width)
+        block = mask[top:top + height, left:left + width]                # a view of the mask
         added = int((~block).sum())
-        if 0 < added <= left:
+        if 0 < added <= missing:
             block[:] = True
-            left, tries = left - added, 10
+            missing, tries = missing - added, 10
     mask = mask.reshape(-1)                                              # (N,)
-    mask[rng.sample(np.flatnonzero(~mask).tolist(), left)] = True
+    mask[rng.sample(np.flatnonzero(~mask).tolist(), missing)] = True
     return mask
 
 
@@ -141,7 +141,7 @@ def draw_masks(kind, rows, grid, count, seed):
 def visible(mask):
     """Indices of the visible patches, ascending: (B, N) bool -> (B, V)."""
     count = int((~mask[0]).sum())
-    return mask.int().argsort(dim=1, stable=True)[:, :count]
+    return mask.int().argsort(dim=1, stable=True)[:, :count]     # visible is 0, so first; (B, V)
 
 
 # ---------------------------------------------------------------------------------------- the model
@@ -165,15 +165,16 @@ class MaskedModel(nn.Module):
             self.register_buffer("waves", wave_positions(dim, encoder.grid), persistent=False)
             self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
             self.norm = nn.LayerNorm(dim, eps=1e-6)
-            initialise(self.narrow), initialise(self.blocks)
+            initialise(self.narrow)
+            initialise(self.blocks)
         self.predict = nn.Linear(width, target_dim)
-        nn.init.normal_(self.predict.weight, std=0.02)     # start near 0, where targets are
+        nn.init.normal_(self.predict.weight, std=0.02)     # begin near 0: HOG's rms is 1/3
         nn.init.zeros_(self.predict.bias)
 
     def forward(self, images, mask):
         """images (B, 3, H, H), mask (B, N) bool -> prediction of every patch (B, N, T).
 
-        The mask may be on the CPU: to count its visible patches, the host then waits for no card.
+        A mask on the CPU saves time: a card's would have to be awaited to count what is visible.
         """
         if self.kind == "maskfeat":
             positions = self.encoder.positions[:, 1:]                      # (1, N, d)
@@ -200,14 +201,14 @@ def make_targets(images, kind, patch_size):
     if kind == "hog":
         return hog_targets(images, patch_size)                             # (B, N, 108)
     patches = patchify(images.float(), patch_size)                         # (B, N, 3*P*P)
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    return (patches - mean) / (variance + 1e-6).sqrt()
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)         # (B, N, 1) each
+    return (patches - mean) / (variance + 1e-6).sqrt()                     # (B, N, 3*P*P)
 
 
 def masked_mse(prediction, target, mask):
     """Mean squared error over the masked patches alone, MaskFeat's (Sec. 3.2 names no loss).
 
-    A scalar in fp32.
+    prediction, target (B, N, T), mask (B, N) bool -> a scalar in fp32.
     """
     error = (prediction.float() - target).square().mean(dim=-1)            # (B, N)
     return (error * mask).sum() / mask.sum()
@@ -229,7 +230,7 @@ def build_masked_model(config):
 def mean_target(run, faces):
     """The mean target of each position over 1,024 faces at most, (1, N, T): the trivial answer.
 
-    The faces are cropped as in training: it must be the best constant for what the loss is of.
+    The faces are cropped as in training, so that no other constant has a smaller loss.
     """
     c, total, count = run.config, 0.0, min(len(faces), 1024)
     u = torch.rand(count, 12, generator=torch.Generator().manual_seed(c["seed"])).to(run.device)
@@ -308,7 +309,8 @@ def make_parser(description, settings):
     add("--seed", type=int, default=0, help="seed of everything random (%(default)s)")
     add("--workers", type=int, help="loading processes (paper 2, laptop 0)")
     add("--device", help="cpu, cuda or cuda:N (cuda if there is one)")
-    add("--deterministic", action="store_true", help="the same bits on CUDA too, more slowly")
+    add("--deterministic", action="store_true", help="the same bits on CUDA and in more than "
+        "two processes too, more slowly")
     add("--resume", action="store_true", help="go on from the run folder's last.pt")
     add("--accumulate", type=int, default=1, help="parts a process's share of a batch is computed "
         "in, for less memory (%(default)s)")
@@ -349,7 +351,8 @@ def resolve(args, settings, stage, overrides=None):
         if not low <= config[name] <= high:
             raise InputError(f"{given(name)}: give a number from {low} to {high}")
 
-    limit("seed", 0, 2**32), limit("workers", 0, 1000), limit("accumulate", 1, 100_000)
+    for name, low, high in ("seed", 0, 2**32), ("workers", 0, 1000), ("accumulate", 1, 100_000):
+        limit(name, low, high)
     settle_flags(config)
     column = 0 if config["scale"] == "paper" else 1
     for name, row in settings.items():
@@ -675,7 +678,7 @@ def load_weights(model, weights, where, remedy="the network's code has changed s
 
 
 # Settings that may differ when a run is resumed: they do not change what is asked for.
-FREE = ("resume", "workers", "device", "out", "data_dir", "cache", "picture_every")
+FREE = ("resume", "workers", "device", "out", "data_dir", "cache", "picture_every", "save_every")
 
 
 def saved_state(run, kept=()):
@@ -727,8 +730,8 @@ def restore(run, saved, model, optimizer, scaler):
     """
     if not saved:
         return {"step": 0, "log": [], "sums": {}}
-    load_weights(model, saved["model"], run.out / "last.pt")
-    optimizer.load_state_dict(saved["optimizer"])
+    load_weights(model, saved.pop("model"), run.out / "last.pt")     # and let go of the file's copy
+    optimizer.load_state_dict(saved.pop("optimizer"))
     if saved["scaler"]:                                  # empty where there was no fp16
         scaler.load_state_dict(saved["scaler"])
     sums = {k: torch.tensor(v, dtype=torch.float64, device=run.device)
@@ -874,15 +877,16 @@ def train_epoch(run, network, optimizer, scaler, faces, step_loss, state, signal
         lr = learning_rate(step, steps * c["epochs"], steps * c["warmup_epochs"], c["lr"])
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        torch.manual_seed((c["seed"] * 1_000_003 + step) * run.world + run.rank)   # drop path
+        # Of dropout and drop path:
+        torch.manual_seed((c["seed"] * 1_000_003 + step) * run.world + run.rank)
         loss, total, scalars = loss_in_parts(run, network, scaler, images, indices, step_loss,
                                              step)
         wrong, stop = anywhere(run, total.isfinite().logical_not(), len(signals) > 0)
-        if wrong and not (scaler.is_enabled() and scaler.get_scale() >= 1):
+        if wrong and not (scaler.is_enabled() and scaler.get_scale() >= 1):   # fp16: scale halves
             raise not_finite(run, total, step, lr, faces, indices)
-        scalars["steps"] = torch.ones_like(total, dtype=torch.float64)   # that count in the means
-        for name, value in scalars.items():      # fp16: the means leave out the step as well
-            value = torch.zeros_like(value) if wrong else value
+        scalars["steps"] = torch.ones_like(total, dtype=torch.float64)   # what divides the sums
+        for name, value in scalars.items():
+            value = torch.zeros_like(value) if wrong else value          # a skipped step: none
             state["sums"][name] = state["sums"].get(name, 0) + value
         update(network, optimizer, scaler, loss, c["clip"])
         state["step"] += 1
@@ -921,8 +925,11 @@ def fit(run, model, optimizer, faces, step_loss, saved, end_of_epoch, extra=dict
     save()                       # a disk that cannot hold it is an error now, not after an epoch
     if draw and not saved:
         save_picture(run, draw, 0, "before training")
+    # A bucket view saves a second copy of the gradients. After its first step DDP arranges the
+    # buckets anew, and three numbers or more are then added in another order, so that a resumed run
+    # would differ in its first step; it does not where it looks for unused parameters.
     network = model if run.world == 1 else DistributedDataParallel(
-        model, gradient_as_bucket_view=True)             # no second copy of the gradients
+        model, gradient_as_bucket_view=True, find_unused_parameters=c["deterministic"])
     network = torch.compile(network) if c["compile"] else network
     with caught_signals() as signals:
         while state["step"] < total:                         # Algorithm 1, line 2
@@ -935,8 +942,12 @@ def fit(run, model, optimizer, faces, step_loss, saved, end_of_epoch, extra=dict
                           "lr": optimizer.param_groups[-1]["lr"],
                           **pace(run, begin, state["step"] - first, total - state["step"])}
                 close_epoch(run, state, record, end_of_epoch)
-            save()
-            if draw and not within and (done == c["epochs"] or done % c["picture_every"] == 0):
+            due = lambda every: not within and (done == c["epochs"] or done % c[every] == 0)
+            if stop or due("save_every"):
+                save()
+            else:                                        # the log at least
+                first_alone(run, lambda: write_log(run, state["log"]), others=False)
+            if draw and due("picture_every"):
                 save_picture(run, draw, done, f"loss {record['loss']:.4f}")
             if stop and done < c["epochs"]:
                 raise Stopped(f"after step {state['step']} by a signal, all is saved; go on with "
@@ -1012,10 +1023,15 @@ def save_run(run, state):
 
     def save():
         save_checkpoint(run.out / "last.pt", state)
-        lines = "".join(json.dumps(record) + "\n" for record in state["log"])
-        replace_file(run.out / "log.jsonl", lambda file: file.write(lines.encode()))
+        write_log(run, state["log"])
 
     first_alone(run, save, others=False)
+
+
+def write_log(run, log):
+    """log.jsonl of the run folder."""
+    lines = "".join(json.dumps(record) + "\n" for record in log)
+    replace_file(run.out / "log.jsonl", lambda file: file.write(lines.encode()))
 
 
 def save_picture(run, draw, epoch, note):
@@ -1062,7 +1078,8 @@ def main(argv=None):
     grid = c["image_size"] // c["patch_size"]
     count = masked_count(grid * grid, c["mask_ratio"])
     if count == grid * grid:
-        raise InputError(f"--mask-ratio {c['mask_ratio']}: hides all {count} patches; give less")
+        raise InputError(f"--mask-ratio {c['mask_ratio']}: hides all {count} patches; give less, "
+                         "or a smaller --patch-size")
     trivial = mean_target(run, faces)                                      # (1, N, T)
     say(run, "\n".join(faces.notes))
     say(run, f"{parameters(model.encoder):,} parameters in the encoder, {parameters(model):,} in "

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from datasets import DATA, InputError, augment, hold_out, prepare, settle_classes
 from decoder import LabelDecoder
 from pll import (candidates_from_votes, cc_loss, contrastive_loss, generate_candidates,
-                 initial_confidence, is_revised, lw_loss, lw_weights, move_prototypes,
+                 initial_confidence, is_one_hot, lw_loss, lw_weights, move_prototypes,
                  moving_confidence, pll_loss, prototype_labels, rc_update, revise, simplex,
                  target_loss, transition, uniform_loss, uniform_transition)
 from pretrain import (MODEL_SETTINGS, autocast, build_encoder, command_line, first_alone, fit,
@@ -80,10 +80,11 @@ SETTINGS = {
     "lw_beta": (1.0, 1.0, 0.0, 100.0, "weight of the non-candidates in LW"),
     "queue": (8192, 1024, 1, 1_000_000, "earlier keys that PiCO compares with"),
     "val": (0.0, 0.0, 0.0, 0.9, "share of the training set that is held out for validation"),
+    "save_every": (10, 1, 1, 100_000, "epochs from one checkpoint to the next"),
 }
 
-_mim = dict(head="linear", uniform_weight=0.0)
-_plain = dict(_mim, init="imagenet")
+_linear = dict(head="linear", uniform_weight=0.0)          # no label queries
+_plain = dict(_linear, init="imagenet")
 # A row of the paper's tables is a line here: the settings in which it differs from the method
 # (`init` and `revise` are resolved in `parse`), in the order of evaluate.py's tables. A loss of
 # your own is a choice in SETTINGS, its start of C in `make_confidence`, its step in `objective` and
@@ -97,10 +98,10 @@ METHODS = {
     **{name: dict(_plain, loss=name, model="resnet18") for name in ("rc", "cc", "lw", "pico")},
     **{f"{name}-vit": dict(_plain, loss=name) for name in ("rc", "cc", "lw", "pico")},
     "resnet18-pll": dict(_plain, model="resnet18", revise=False),
-    "mim-pixel": dict(_mim, loss="ce", init="pretrain-pixel"),
-    "mim-hog": dict(_mim, loss="ce"),
-    "mim-pixel-pll": dict(_mim, revise=False, init="pretrain-pixel"),
-    "mim-hog-pll": dict(_mim, revise=False),
+    "mim-pixel": dict(_linear, loss="ce", init="pretrain-pixel"),
+    "mim-hog": dict(_linear, loss="ce"),
+    "mim-pixel-pll": dict(_linear, revise=False, init="pretrain-pixel"),
+    "mim-hog-pll": dict(_linear, revise=False),
     "decoder": dict(uniform_weight=0.0, revise=False),
     "decoder-uniform": dict(revise=False),
     "decoder-revision": dict(uniform_weight=0.0),
@@ -121,7 +122,8 @@ NEEDS = (
     ("patch_size dim depth heads layer_decay drop_path", lambda c: c["model"] == "vit",
      "model is vit"),
 )
-PICO = dict(width=128, encoder_momentum=0.999, start=0.95, end=0.8, weight=0.5)
+PICO = dict(width=128, encoder_momentum=0.999, first_momentum=0.95, last_momentum=0.8,
+            contrast=0.5)
 
 
 class LinearHead(nn.Module):
@@ -134,7 +136,9 @@ class LinearHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, tokens):
-        return self.linear(tokens.mean(dim=1))                            # (B, HW, d) -> (B, K)
+        # In fp32, as the label decoder's last step: in 16 bits two logits may be the same number.
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.linear(tokens.float().mean(dim=1))                # (B, HW, d) -> (B, K)
 
 
 class ResNet18(nn.Module):
@@ -222,7 +226,7 @@ def initial_weights(config, encoder):
         if math.isqrt(count) ** 2 != count:
             raise InputError(f"{where}: positions of {count} patches, which are no square grid; "
                              "give those of a square image, and one class token's before them")
-        weights["positions"] = interpolate_positions(weights["positions"], encoder.grid)
+        weights["positions"] = interpolate_positions(weights["positions"].float(), encoder.grid)
         if count != encoder.grid ** 2:
             note += f"; positions of {count} patches interpolated for {encoder.grid ** 2}"
     load_weights(encoder, {**weights, **late}, where, "give the same --scale and sizes"
@@ -352,9 +356,9 @@ def make_confidence(config, faces, candidates):
 
 
 def share_rows(run, indices, rows):
-    """All processes' rows of the table C: indices (b,), rows (b, ...) -> (B,), (B, ...).
+    """A step's rows from all processes: indices (b,), rows (b, ...) -> (B,), (B, ...), detached.
 
-    A face's confidence is one truth: after this, every process writes every row of the step.
+    With them every process makes the same change to C (and to PiCO's prototypes and queue).
     """
     rows = rows.detach()                                 # C is data: no step learns through it
     if run.world == 1:
@@ -509,13 +513,12 @@ def spread(c, head):
 
 
 def objective(c, logits, confidence, candidates, revising):
-    """Loss of a batch and its rows of C for the next visit: (scalar, (B, K)).
+    """logits, C, Y, (B, K) each -> loss of the batch, a scalar; C for the next visit, (B, K).
 
-    It changes nothing in place: each step asks it once more, with the C of the loss, what a
-    classifier that ignores the image would lose. So a loss takes C as it is given, and returns the
-    next visit's. For "ce" and "soft" C is a constant, the one-hot label or the vote shares; for
-    "lw" it holds the weights. The method itself revises C before the loss is computed, as
-    Algorithm 1 says.
+    The method revises C, then computes the loss with it (Algorithm 1); "rc" and "lw" compute the
+    loss with the C given and return the next. "ce" and "soft" never change C (the one-hot label,
+    the vote shares); "lw" keeps its weights in it. Nothing is changed in place, because
+    `algorithm_1` calls this a second time, for the loss of the trivial answer.
     """
     if c["loss"] == "cc":
         return cc_loss(logits, candidates), confidence
@@ -529,6 +532,11 @@ def objective(c, logits, confidence, candidates, revising):
     return pll_loss(logits, confidence), confidence                       # Eq. (2)
 
 
+def augmentation(c):
+    """What `augment` asks for beside images and random numbers."""
+    return [c[k] for k in ("image_size", "data", "crop_scale", "degrees", "light", "erase")]
+
+
 def algorithm_1(run, model, faces, table):
     """The body of Algorithm 1's inner loop, as the `step_loss` that `pretrain.fit` asks for."""
     c, confidence, candidates = run.config, table["confidence"], table["candidates"]   # (n, K)
@@ -537,8 +545,7 @@ def algorithm_1(run, model, faces, table):
 
     def iteration(network, images, indices, step):
         with run.timed("target"):
-            images = augment(images, uniforms(run, step), c["image_size"], c["data"],
-                             c["crop_scale"], c["degrees"], c["light"], c["erase"])
+            images = augment(images, uniforms(run, step), *augmentation(c))
         indices = indices.to(run.device)
         with autocast(run):
             logits = network(images)                                      # (b, K)
@@ -597,13 +604,12 @@ def pico(run, model, faces, table, state):
     c, confidence, candidates = run.config, table["confidence"], table["candidates"]   # (n, K)
     labels, steps = faces.labels.to(run.device), len(faces) // c["batch_size"]
     frequency = trivial_answer(c, faces, candidates)                      # (K,)
-    views = (c["image_size"], c["data"], c["crop_scale"], c["degrees"], c["light"], c["erase"])
 
     def iteration(network, images, indices, step):
         epoch, u = step // steps, uniforms(run, step, columns=24)         # 12 for each view
         indices = indices.to(run.device)
         with run.timed("target"):
-            one, two = augment(images, u[:, :12], *views), augment(images, u[:, 12:], *views)
+            one, two = (augment(images, v, *augmentation(c)) for v in u.split(12, dim=1))
         with autocast(run):
             logits, q = network(one)                                      # (b, K), (b, 128)
         with torch.no_grad():
@@ -616,11 +622,13 @@ def pico(run, model, faces, table, state):
             everywhere, guess_all = share_rows(run, indices, guess)       # (B,)
             finite = q_all.isfinite().all() and k_all.isfinite().all()   # of all processes alike
             keys = torch.cat([k_all, state["queue"]])                     # (B+M, 128)
-            positive = F.pad(everywhere == indices[:, None], (0, len(state["queue"])))   # (b, B+M)
+            own = everywhere == indices[:, None]                          # the other view, (b, B)
+            positive = F.pad(own, (0, len(state["queue"])))               # none queued, (b, B+M)
             if epoch >= c["warmup_revision"] and finite:
                 near = prototype_labels(q_all, state["prototypes"], candidates[everywhere])
                 share = epoch / max(c["epochs"] - 1, 1)
-                momentum = PICO["start"] + (PICO["end"] - PICO["start"]) * share
+                first, last = PICO["first_momentum"], PICO["last_momentum"]
+                momentum = first + (last - first) * share
                 confidence[everywhere] = moving_confidence(confidence[everywhere], near, momentum)
                 positive |= guess[:, None] == torch.cat([guess_all, state["queue_labels"]])
             if finite:
@@ -631,7 +639,7 @@ def pico(run, model, faces, table, state):
         pll, trivial = pll_loss(logits, target), pll_loss(frequency.expand_as(target), target)
         contrast = contrastive_loss(q, keys, positive)
         hits = (logits.argmax(dim=1) == labels[indices]).float().mean()
-        loss = pll + PICO["weight"] * contrast + c["uniform_weight"] * uniform
+        loss = pll + PICO["contrast"] * contrast + c["uniform_weight"] * uniform
         return loss, {"loss": loss, "pll": pll, "trivial": trivial, "contrastive": contrast,
                       "uniform": uniform, "train_accuracy": hits}
 
@@ -650,7 +658,7 @@ def watcher(run, model, faces, held, table):
         candidates, confidence = table["candidates"].cpu(), table["confidence"].cpu()  # (n, K)
         if c["revise"] or c["loss"] in MOVING:
             rows = candidates.sum(dim=1) > 1                              # (n,)
-            rows = rows & is_revised(confidence) if c["revise"] else rows
+            rows = rows & is_one_hot(confidence) if c["revise"] else rows
             first = (confidence * candidates).argmax(dim=1)               # (n,)
             numbers["revised"] = rows.float().mean().item()
             for name, right in (("voted", faces.labels), ("true", faces.truth)):
@@ -669,6 +677,9 @@ def main(argv=None):
     c = parse(argv)
     settle_classes(c)
     run = start(c)
+    if c["model"] == "resnet18" and len(run.rows) == 1 and c["image_size"] <= 32:
+        raise InputError("--batch-size: ResNet-18's batch statistics need two faces or more in "
+                         "each process and part; give more, or a smaller --accumulate")
     saved = saved_state(run, kept=("candidates", "confidence", "pico"))
     torch.manual_seed(c["seed"])
     model = build_model(c)

@@ -16,6 +16,7 @@ Run:  python -m pytest tests/test_vit.py
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def patchify(images, patch_size):
@@ -30,7 +31,7 @@ def patchify(images, patch_size):
         raise ValueError(f"an image of {height} x {width} pixels cannot be cut into patches of "
                          f"{patch_size}: make both sides multiples of {patch_size}")
     rows, columns = height // patch_size, width // patch_size
-    x = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    x = images.reshape(batch, channels, rows, patch_size, columns, patch_size)   # each side in two
     x = x.permute(0, 2, 4, 1, 3, 5)                       # (B, rows, columns, C, P, P)
     return x.reshape(batch, rows * columns, -1)           # (B, N, C*P*P)
 
@@ -39,9 +40,9 @@ def unpatchify(patches, patch_size):
     """Inverse of `patchify` for square images: (B, N, C*P*P) -> (B, C, H, H)."""
     batch, count, _ = patches.shape
     side = round(count ** 0.5)
-    x = patches.reshape(batch, side, side, -1, patch_size, patch_size)
+    x = patches.reshape(batch, side, side, -1, patch_size, patch_size)   # (B, side, side, C, P, P)
     x = x.permute(0, 3, 1, 4, 2, 5)                       # (B, C, side, P, side, P)
-    return x.reshape(batch, -1, side * patch_size, side * patch_size)
+    return x.reshape(batch, -1, side * patch_size, side * patch_size)     # (B, C, H, H)
 
 
 def take(tokens, index):
@@ -65,7 +66,7 @@ def interpolate_positions(positions, grid):
 
 
 def wave_positions(dim, grid):
-    """Where learned positions start: 2-D sine and cosine waves (MAE's fixed ones), (1, 1+N, d).
+    """2-D sine and cosine waves (MAE's), (1, 1+N, d): the ViT's positions begin as these.
 
     A quarter of the width each: sine of the column, its cosine, sine of the row, its cosine, with
     wavelengths from 2 pi to nearly 10,000 * 2 pi patches; the class token's position is 0.
@@ -92,30 +93,6 @@ def drop_path(x, rate, training):
     return x * kept / chance
 
 
-class LinearOfGELU(torch.autograd.Function):
-    """linear(gelu(x)), x (..., hidden) -> (..., d), which computes gelu(x) again for its backward.
-
-    Autograd would keep gelu(x), which would be a quarter of all the numbers that a block keeps.
-    """
-
-    generate_vmap_rule = True                             # torch.func: a gradient for each sample
-
-    @staticmethod
-    def forward(x, weight, bias):
-        return F.linear(F.gelu(x), weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:2])                # x, weight
-
-    @staticmethod
-    def backward(ctx, grad):                              # (..., d)
-        x, weight = ctx.saved_tensors
-        grad_x = torch.ops.aten.gelu_backward(grad @ weight.to(grad.dtype), x)
-        grad, inputs = grad.flatten(0, -2), F.gelu(x).flatten(0, -2)     # (B*N, d), (B*N, hidden)
-        return grad_x, grad.T @ inputs, grad.sum(dim=0)
-
-
 class MLP(nn.Module):
     """Two linear layers with an exact GELU between: (..., d) -> (..., d)."""
 
@@ -125,14 +102,17 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x):
-        x = self.fc1(x)                                   # (..., d) -> (..., hidden)
-        if torch.compiler.is_compiling():                 # the compiler chooses what to keep
-            return self.fc2(F.gelu(x))                    # (..., d)
-        return LinearOfGELU.apply(x, self.fc2.weight, self.fc2.bias)
+        # The backward pass computes gelu(x) again. To keep it would be a quarter of all the numbers
+        # that a block keeps. (The product after it is not computed again.)
+        return checkpoint(lambda x: self.fc2(F.gelu(x)), self.fc1(x), use_reentrant=False,
+                          preserve_rng_state=False)       # (..., d) -> (..., hidden) -> (..., d)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention softmax(q k^T / sqrt(d/heads)) v; one product for q, k and v."""
+    """Multi-head self-attention softmax(q k^T / sqrt(d/heads)) v: (B, N, d) -> (B, N, d).
+
+    One product for q, k and v.
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -143,11 +123,10 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        batch, count, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, count, 3, self.heads, dim // self.heads)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))   # 3 x (B, heads, N, d/heads)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))   # (B, N, 3, heads, d/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)              # (B, heads, N, d/heads) each
         x = F.scaled_dot_product_attention(q, k, v)       # (B, heads, N, d/heads)
-        return self.proj(x.transpose(1, 2).reshape(batch, count, dim))   # (B, N, d)
+        return self.proj(x.transpose(1, 2).flatten(2))    # (B, N, d)
 
 
 class Block(nn.Module):
@@ -195,7 +174,7 @@ class ViT(nn.Module):
 
         With `keep` (B, V) the other patches are left out before anything is computed from them.
         Images of another size than the model's are given interpolated positions. Raises ValueError
-        for images that are not square.
+        for images that are not square, or that patches do not divide.
         """
         if images.shape[-2] != images.shape[-1]:
             raise ValueError(f"images are square, not of {images.shape[-2]} x {images.shape[-1]}")

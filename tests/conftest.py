@@ -1,4 +1,5 @@
 """What the tests share: the project's files on the path, and runs of its command lines."""
+import functools
 import json
 import multiprocessing
 import os
@@ -69,25 +70,28 @@ def error_of(script, flags, capsys):
     return capsys.readouterr().err
 
 
-def as_rank(rank, port, work, args):
-    """work(*args) as process `rank` of two, with what torchrun would have set."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+def as_rank(rank, count, port, work, args):
+    """work(*args) as process `rank` of `count`, with what torchrun would have set."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     work(*args)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def two_processes(work, *args):
-    """work(*args) in two processes of one group, FORKED instead of started by torchrun.
+def processes(count, work, *args):
+    """work(*args) in `count` processes of one group, FORKED instead of started by torchrun.
 
     Raises torch's ProcessRaisedException, with the traceback, for what one of them raises.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(as_rank, (port, work, args), nprocs=2,
+    torch.multiprocessing.start_processes(as_rank, (count, port, work, args), nprocs=count,
                                           start_method="forkserver")
+
+
+two_processes = functools.partial(processes, 2)
 
 
 def read_log(folder):

@@ -62,16 +62,20 @@ def card(request, monkeypatch):
 
 
 def checked_step(run, model, step_loss, dtype):
-    """One step on the card: linear layers compute in `dtype`, loss and scalars are fp32."""
+    """One step on the card: layers compute in `dtype`; logits, loss and scalars are fp32."""
     model.train()
-    outputs = []
+    head = getattr(model, "head", None)                  # pre-training has none
+    last, outputs, logits = getattr(head, "linear", None), [], []
     for layer in model.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+        if isinstance(layer, (nn.Linear, nn.Conv2d)) and layer is not last:
             layer.register_forward_hook(lambda layer, given, output: outputs.append(output))
+        if layer is head:
+            layer.register_forward_hook(lambda layer, given, output: logits.append(output))
     images, rows = Blank()[run.rows].to(CARD), torch.arange(len(run.rows))
     loss, scalars = step_loss(model, images, rows, 1000)
     assert len(outputs) > 3 and {(x.device, x.dtype) for x in outputs} == {(CARD, dtype)}
-    assert {(x.device, x.dtype) for x in (loss, *scalars.values())} == {(CARD, torch.float32)}
+    assert {(x.device, x.dtype) for x in (loss, *scalars.values(), *logits)} \
+        == {(CARD, torch.float32)} and len(logits) == (head is not None)
 
 
 @pytest.mark.parametrize("method", train.METHODS)

@@ -38,7 +38,7 @@ from datasets import Faces, prepare
 from decoder import Attention
 from hog import hog_targets
 from pll import (candidates_from_votes, cc_loss, contrastive_loss, generate_candidates,
-                 initial_confidence, is_revised, lw_loss, lw_weights, move_prototypes,
+                 initial_confidence, is_one_hot, lw_loss, lw_weights, move_prototypes,
                  moving_confidence, pll_loss, prototype_labels, rc_update, revise, top2, transition,
                  uniform_loss)
 from pretrain import Run, batches, block_mask, random_mask
@@ -280,7 +280,7 @@ def test_eq4_and_eq5_equal_their_slow_twin(threshold):
     fast = revise(C, logits, threshold)
     slow = [slow_revise(row, z, threshold) for row, z in zip(C.tolist(), logits.double())]
     torch.testing.assert_close(fast, torch.tensor(slow))
-    assert 0 < is_revised(fast).sum() and not fast.equal(C)
+    assert 0 < is_one_hot(fast).sum() and not fast.equal(C)
 
 
 # -------------------------------------------------------------------------------------- Algorithm 1
@@ -362,7 +362,7 @@ def test_algorithm_1_equals_its_slow_twin(warmup, monkeypatch):
     for mine, other in zip(f.parameters(), g.parameters()):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
     several = torch.tensor(Y).sum(dim=1) > 1
-    assert 0 < is_revised(C_fast)[several].sum() < several.sum()          # some, not all
+    assert 0 < is_one_hot(C_fast)[several].sum() < several.sum()          # some, not all
 
 
 # ----------------------------------------------------------------- the rivals of Table 1: RC and CC

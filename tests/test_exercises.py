@@ -253,7 +253,7 @@ def test_exercise_7_a_revision_that_can_be_undone():
     Red afterwards: what expects one-hot rows. eq4_and_eq5 and algorithm_1 in test_equations.py;
     a_threshold_of_half in test_pll.py; in test_train.py confidence_after_training, two_processes,
     evaluation_prints and a_label_is_learned_from_sets; in test_pictures.py the_story_of_a_sample,
-    readmes_pictures_are (pll), labels_that_were_given_up and evaluation_draws. (`is_revised`, and
+    readmes_pictures_are (pll), labels_that_were_given_up and evaluation_draws. (`is_one_hot`, and
     so the log, counts one-hot rows alone.)
     """
     torch.manual_seed(0)

@@ -110,8 +110,10 @@ def test_hog_draws_a_given_image_and_names_a_broken_one(tmp_path, capsys):
     content = (tmp_path / "chunk.png").read_bytes()
     second = content.index(b"IDAT", content.index(b"IDAT") + 4)
     (tmp_path / "chunk.png").write_bytes(content[:second] + b"\0" + content[second + 1:])
+    Image.fromarray(np.full((64, 64), 40_000, np.uint16)).save(tmp_path / "deep.png")
     for flags in (["--image", str(tmp_path / "text.png")], ["--out", str(tmp_path / "x.nothing")],
-                  ["--image", str(tmp_path / "chunk.png")]):
+                  ["--image", str(tmp_path / "chunk.png")],
+                  ["--image", str(tmp_path / "deep.png")]):
         with pytest.raises(SystemExit) as stop:
             hog.main(flags)
         assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
@@ -232,7 +234,7 @@ def test_locked_in_are_faces_of_which_the_network_says_the_vote_and_c_another_la
 def test_a_run_without_weights_is_compared_by_its_kept_result(trained, cache, tmp_path, capsys,
                                                               monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(trained, "run")
+    shutil.copytree(trained, "run", ignore=shutil.ignore_patterns("val.json"))
     evaluate.main(["run", "--markdown"])
     with_weights = capsys.readouterr().out
     (tmp_path / "run/last.pt").unlink()

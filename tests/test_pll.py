@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from pll import (candidates_from_votes, cc_loss, generate_candidates, initial_confidence,
-                 is_revised, largest_lead, lw_loss, lw_weights, moving_confidence, pll_loss,
+                 is_one_hot, largest_lead, lw_loss, lw_weights, moving_confidence, pll_loss,
                  prototype_labels, rc_update, revise, simplex, target_loss, transition,
                  uniform_loss, uniform_optimum, uniform_transition)
 
@@ -96,7 +96,7 @@ def test_confidence_stays_on_the_simplex_and_in_the_set_and_a_revision_lasts(thr
         after = revise(confidence, logits, threshold)
         torch.testing.assert_close(after.sum(1), torch.ones(200))
         assert (after >= 0).all() and (after[~candidates] == 0).all()
-        lasting = is_revised(confidence)
+        lasting = is_one_hot(confidence)
         assert after[lasting].equal(confidence[lasting])
         confidence = after
 
@@ -105,8 +105,8 @@ def test_a_threshold_of_half_or_more_never_fires_from_the_uniform_start():
     candidates, confidence, _ = random_problem()
     several = candidates.sum(1) >= 2
     extreme = torch.where(candidates & (candidates.cumsum(1) == 1), 50.0, -50.0)   # phi is 1 or 0
-    assert not is_revised(revise(confidence, extreme, 0.5))[several].any()
-    assert is_revised(revise(confidence, extreme, 0.499))[candidates.sum(1) == 2].all()
+    assert not is_one_hot(revise(confidence, extreme, 0.5))[several].any()
+    assert is_one_hot(revise(confidence, extreme, 0.499))[candidates.sum(1) == 2].all()
     assert largest_lead(confidence).equal(1 / candidates.sum(1))
 
 

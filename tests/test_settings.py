@@ -156,14 +156,16 @@ def test_the_paper_column_of_the_settings():
     assert column(pretrain) == dict(
         size, decoder_dim=512, decoder_depth=8, decoder_heads=16, mask_ratio=0.4, mask="block",
         epochs=600, batch_size=192, lr=2e-4, warmup_epochs=60, weight_decay=0.05, clip=0.02,
-        crop_scale=0.5, picture_every=50)
+        crop_scale=0.5, picture_every=50, save_every=10)
     assert column(train) == dict(
         size, model="vit", head="decoder", loss="pll", prior="uniform", decoder_layers=2,
         epochs=100, batch_size=320, lr=1e-4, layer_decay=0.65, warmup_epochs=20, weight_decay=0.05,
         clip=1.0, drop_path=0.1, dropout=0.1, crop_scale=0.5, degrees=15.0, light=0.3, erase=0.25,
         min_votes=1, uniform="queries", uniform_weight=1.0, tau=0.25, threshold=0.1,
-        warmup_revision=20, lw_loss="sigmoid", lw_beta=1.0, queue=8192, val=0.0)
-    assert train.PICO == dict(width=128, encoder_momentum=0.999, start=0.95, end=0.8, weight=0.5)
+        warmup_revision=20, lw_loss="sigmoid", lw_beta=1.0, queue=8192, val=0.0,
+        save_every=10)
+    assert train.PICO == dict(width=128, encoder_momentum=0.999, first_momentum=0.95,
+                              last_momentum=0.8, contrast=0.5)
 
 
 def test_dropout_reaches_the_head_which_reads_the_visual_tokens(cache):
@@ -212,11 +214,12 @@ def test_a_run_goes_on_from_another_place_and_with_other_workers_alone(trained, 
                                                                        monkeypatch):
     shutil.copytree(trained, tmp_path / "run")
     config = {**read_state(trained)["config"], "resume": True, "out": str(tmp_path / "run"),
-              "workers": 2, "data_dir": "D", "cache": "C", "picture_every": 7}
+              "workers": 2, "data_dir": "D", "cache": "C", "save_every": 7}
     state = pretrain.saved_state(Run(config, 0, 1, CPU))
     assert state["step"] == 16
     monkeypatch.setattr(pretrain, "load_checkpoint", lambda path, stage: state)
-    place = {"resume", "workers", "device", "out", "data_dir", "cache", "picture_every"}
+    place = {"resume", "workers", "device", "out", "data_dir", "cache", "picture_every",
+             "save_every"}
     for name in config.keys() - place - {"stage"}:
         with pytest.raises(InputError, match=f" {name} was .*, is another"):
             pretrain.saved_state(Run({**config, name: "another"}, 0, 1, CPU))

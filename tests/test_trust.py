@@ -22,8 +22,8 @@ from PIL import Image
 import evaluate
 import pretrain
 import train
-from conftest import (CPU, DECODER, FORKED, ONE_THREAD, ROOT, TINY, TORCHRUN, flags_for, read_log,
-                      read_state, run_script, two_processes)
+from conftest import (CPU, DECODER, FORKED, ONE_THREAD, ROOT, TINY, TORCHRUN, flags_for, processes,
+                      read_log, read_state, run_script, two_processes)
 from datasets import InputError
 from pll import (cc_loss, contrastive_loss, lw_loss, lw_weights, pll_loss, rc_update, revise,
                  simplex, target_loss, top2, uniform_loss)
@@ -232,6 +232,38 @@ def test_two_processes_stopped_in_mid_epoch_and_resumed_log_the_same(tmp_path, c
     two_processes(train.main, [*flags, "--resume"])
     two_processes(train.main, [*flags, "--out", str(tmp_path / "at-once")])
     assert_same_run(tmp_path / "train", tmp_path / "at-once")
+
+
+@pytest.mark.parametrize("stage, flags", [("pretrain", DECODER), ("train", RANDOM)])
+def test_three_processes_stopped_and_resumed_are_the_same_if_deterministic(stage, flags, tmp_path,
+                                                                           cache):
+    """Of three addends the order counts: it must be that of an uninterrupted run at each step.
+
+    What the epoch's means have summed up so far is divided by three to be saved, which rounds.
+    """
+    main = {"pretrain": pretrain, "train": train}[stage].main
+    flags = [*flags, "--batch-size", "249", "--deterministic"]
+    parts, whole = (flags_of(flags, tmp_path / name, cache, "--epochs", "2")
+                    for name in ("parts", "whole"))
+    processes(3, stopped_by_the_second, parts, stage)
+    processes(3, main, [*parts, "--resume"])
+    processes(3, main, whole)
+    assert same(read_log(tmp_path / "parts"), read_log(tmp_path / "whole"), 1e-12)
+    a, b = read_state(tmp_path / "parts"), read_state(tmp_path / "whole")
+    assert all(same(a[key], b[key]) for key in a.keys() - {"config", "starts", "log"})
+
+
+def test_a_checkpoint_is_written_every_so_many_epochs_at_the_end_and_when_stopped(
+        tmp_path, cache, monkeypatch):
+    saved, logged, save, write = [], [], pretrain.save_run, pretrain.write_log
+    monkeypatch.setattr(pretrain, "save_run", lambda run, state: (
+        saved.append(state["step"]), save(run, state)))
+    monkeypatch.setattr(pretrain, "write_log", lambda run, log: (
+        logged.append(len(log)), write(run, log)))
+    flags = flags_of(DECODER, tmp_path / "run", cache, "--epochs", "5", "--save-every", "2")
+    stop_and_resume(pretrain, flags, 18, monkeypatch)                # in the third epoch, of eight
+    assert saved == [0, 16, 20, 20, 32, 40]
+    assert logged == [0, 1, 2, 2, 2, 3, 4, 5]                        # the log has every epoch
 
 
 def predict_into(path, flags):

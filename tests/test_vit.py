@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torchvision.models import vision_transformer as tv
 
 from decoder import LabelDecoder
-from vit import (Block, LinearOfGELU, ViT, drop_path, from_torchvision, interpolate_positions,
+from vit import (MLP, Block, ViT, drop_path, from_torchvision, interpolate_positions,
                  patchify, take, unpatchify, wave_positions)
 
 SMALL = dict(image_size=32, patch_size=8, dim=24, depth=3, heads=3)
@@ -61,38 +61,34 @@ def test_vit_b_16_equals_torchvision_and_has_its_parameters():
         assert (ours.classify(images) - theirs(images)).abs().max() < 1e-5
 
 
-def test_the_mlp_that_computes_gelu_again_is_the_plain_one():
-    """`LinearOfGELU` keeps less than autograd would; values and gradients are the same."""
+def plain_mlp(mlp, x):
+    """`MLP` as autograd would keep it."""
+    return mlp.fc2(F.gelu(mlp.fc1(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])    # as on a CPU, and on a card
+def test_the_mlp_that_computes_gelu_again_is_the_plain_one(dtype):
     torch.manual_seed(0)
-    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
-    bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    assert LinearOfGELU.apply(x, weight, bias).equal(F.linear(F.gelu(x), weight, bias))
-    assert torch.autograd.gradcheck(LinearOfGELU.apply, (x, weight, bias))
-    gradients = []
-    for function in (LinearOfGELU.apply, lambda x, w, b: F.linear(F.gelu(x), w, b)):
-        leaves = [v.detach().float().requires_grad_() for v in (x, weight, bias)]
-        with torch.autocast("cpu", torch.bfloat16):                   # as on a CUDA card
-            function(leaves[0].bfloat16(), *leaves[1:]).float().square().sum().backward()
-        gradients.append([leaf.grad for leaf in leaves])
-    for ours, plain in zip(*gradients):
-        assert ours.dtype == torch.float32
-        torch.testing.assert_close(ours, plain, rtol=0.02, atol=0.02)
+    mlp, found = MLP(5, 20), []
+    for function in (mlp, lambda x: plain_mlp(mlp, x)):
+        x = torch.linspace(-2, 2, 30).reshape(2, 3, 5).requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            y = function(x)
+        y.float().square().sum().backward()
+        found.append([y, x.grad, *(p.grad.clone() for p in mlp.parameters())])
+        mlp.zero_grad()
+    for ours, plain in zip(*found):
+        assert ours.equal(plain) and ours.dtype == plain.dtype
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_gradients_of_each_sample_by_torch_func_are_those_of_each_sample_alone():
-    model, images = ViT(**SMALL), torch.randn(3, 3, 32, 32)
-    weights = dict(model.named_parameters())
-
-    def loss(weights, image):
-        return torch.func.functional_call(model, weights, (image[None],)).square().sum()
-
-    together = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, images)
-    for i, image in enumerate(images):
-        alone = torch.autograd.grad(loss(weights, image), list(weights.values()))
-        for name, gradient in zip(weights, alone):
-            torch.testing.assert_close(together[name][i], gradient, rtol=1e-4, atol=1e-4)
+def test_the_mlp_does_not_keep_what_it_computes_again():
+    mlp, x = MLP(5, 20), torch.randn(2, 3, 5)
+    for function, keeps in ((mlp, False), (lambda x: plain_mlp(mlp, x), True)):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            function(x)
+        assert any(t.equal(F.gelu(mlp.fc1(x)).reshape(t.shape)) for t in kept
+                   if t.numel() == 2 * 3 * 20) == keeps
 
 
 def test_an_image_that_is_not_square_is_an_error_with_and_without_keep():
