@@ -895,6 +895,17 @@ def train_epoch(run, network, optimizer, scaler, faces, step_loss, state, signal
     return False
 
 
+def trainable(run, model):
+    """The network whose gradients are the mean over all processes', compiled if asked for."""
+    if run.world > 1:
+        # After its first step DDP arranges its buckets of gradients anew; three or more processes'
+        # are then added in another order, so that a resumed run would differ. It does not where it
+        # looks for unused parameters. A view of the buckets saves a second copy.
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True,
+                                        find_unused_parameters=run.config["deterministic"])
+    return torch.compile(model) if run.config["compile"] else model
+
+
 def fit(run, model, optimizer, faces, step_loss, saved, end_of_epoch, extra=dict, draw=None):
     """Train for the epochs of the settings, from the start or from the checkpoint `saved`.
 
@@ -925,12 +936,7 @@ def fit(run, model, optimizer, faces, step_loss, saved, end_of_epoch, extra=dict
     save()                       # a disk that cannot hold it is an error now, not after an epoch
     if draw and not saved:
         save_picture(run, draw, 0, "before training")
-    # A bucket view saves a second copy of the gradients. After its first step DDP arranges the
-    # buckets anew, and three numbers or more are then added in another order, so that a resumed run
-    # would differ in its first step; it does not where it looks for unused parameters.
-    network = model if run.world == 1 else DistributedDataParallel(
-        model, gradient_as_bucket_view=True, find_unused_parameters=c["deterministic"])
-    network = torch.compile(network) if c["compile"] else network
+    network = trainable(run, model)
     with caught_signals() as signals:
         while state["step"] < total:                         # Algorithm 1, line 2
             first, begin = state["step"], time.perf_counter()
@@ -945,8 +951,8 @@ def fit(run, model, optimizer, faces, step_loss, saved, end_of_epoch, extra=dict
             due = lambda every: not within and (done == c["epochs"] or done % c[every] == 0)
             if stop or due("save_every"):
                 save()
-            else:                                        # the log at least
-                first_alone(run, lambda: write_log(run, state["log"]), others=False)
+            elif run.rank == 0:                          # the log at least
+                write_log(run, state["log"])
             if draw and due("picture_every"):
                 save_picture(run, draw, done, f"loss {record['loss']:.4f}")
             if stop and done < c["epochs"]:
