@@ -35,6 +35,9 @@ def resnet(method):
     return {**places(method), "ferplus-15-epochs": f"ferplus-other-lengths/{method}-15-epochs"}
 
 
+# Sets with voted C on a linear head, after pre-training with HOG; the row `soft` of the toy is not.
+SOFT = {**places("soft"), "toy": "toy/soft-hog"}
+
 # (what, over what, kept run, another): a row; "" as above. A name is looked for in each column's
 # folder, or where a dict has it: {column: folder and name}, and other columns stay empty. Sets have
 # equal C, Y / |Y|, if nothing is said; voted C is the vote shares.
@@ -60,18 +63,18 @@ THE_PAPERS = [                                           # comparisons of which 
     ("", "sets on ResNet-18", "ours", resnet("resnet18-pll")),
 ]
 FURTHER = [
-    ("sets, voted C", "equal C; linear head", "soft", "mim-hog-pll"),
+    ("sets, voted C", "equal C; linear head", SOFT, "mim-hog-pll"),
     ("", "equal C; decoder, Eq. 3", "decoder-soft", "decoder-uniform"),
-    ("", "one-hot labels; linear head", "soft", "mim-hog"),
+    ("", "one-hot labels; linear head", SOFT, "mim-hog"),
     ("", "one-hot labels; decoder, Eq. 3", "decoder-soft", "decoder-one-hot"),
     ("", "one-hot labels; linear head, random weights", "soft", {"toy": "toy/baseline"}),
     ("sets, equal C", "one-hot labels; ResNet-18", resnet("resnet18-pll"),
      resnet("baseline-resnet18")),
     ("label decoder, Eq. 3", "linear head; one-hot labels", "decoder-one-hot", "mim-hog"),
-    ("", "linear head; voted C", "decoder-soft", "soft"),
+    ("", "linear head; voted C", "decoder-soft", SOFT),
     ("revision", "none; both with Eq. 3, two votes a candidate", "min2", "decoder-uniform-min2"),
     ("", "none; the recipe (threshold 0.3)", "recipe", "recipe-no-revise"),
-    ("`ours`", "`soft`: voted C on a linear head", "ours", "soft"),
+    ("`ours`", "`soft`: voted C on a linear head", "ours", SOFT),
     ("", "RC on the ViT", "ours", "rc-vit"),
     ("", "PiCO on the ViT", "ours", "pico-vit"),
     ("", "CC on the ViT", "ours", "cc-vit"),
