@@ -38,6 +38,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from hog import EIGHT_BIT
 from pll import draw_matrix
 
 
@@ -142,7 +143,7 @@ def read_image(path, channels):
     """Read an image file as PIL "L" or "RGB"; InputError names the file that cannot be read."""
     try:
         with Image.open(path) as image:
-            if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+            if image.mode not in EIGHT_BIT:
                 raise InputError(f"{path}: colour mode {image.mode} is not read here; convert it "
                                  "to 8-bit grey or RGB")
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":   # a phone's photograph

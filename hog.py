@@ -35,6 +35,7 @@ from vit import patchify, unpatchify
 
 BINS = 9  # orientations of 20 degrees each
 AT_ONCE = 8  # images of a batch whose votes are counted at a time
+EIGHT_BIT = ("1", "L", "LA", "P", "RGB", "RGBA")  # Pillow's modes of 8-bit grey and RGB images
 
 
 def gradients(images):
@@ -236,7 +237,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         image = Image.open(args.image) if args.image else drawn_face()
-        if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        if image.mode not in EIGHT_BIT:
             raise ValueError(f"{args.image} is not of 8-bit grey or RGB but {image.mode}")
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         figure(image).save(args.out)

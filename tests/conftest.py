@@ -97,8 +97,7 @@ two_processes = functools.partial(processes, 2)
 def read_log(folder):
     """The epochs of log.jsonl, without what depends on the clock."""
     lines = (pathlib.Path(folder) / "log.jsonl").read_text().splitlines()
-    clock = ("images_per_second", "seconds_left", "data_share", "target_share",
-             "model_share")
+    clock = ("images_per_second", "seconds_left", "data_share", "target_share", "model_share")
     return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
 
