@@ -34,7 +34,7 @@ from typing import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -158,6 +158,15 @@ def read_image(path, channels):
         raise
     except Exception as error:                           # of damaged files Pillow says anything
         raise InputError(f"{path}: not a readable image ({error}); fetch it again") from None
+
+
+def read_upright(path, channels):
+    """`read_image`, turned as the camera was held. Not for points that are of the stored pixels."""
+    image = read_image(path, channels)
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:                           # of damaged data Pillow says anything
+        raise InputError(f"{path}: its EXIF data are damaged ({error}); save it without") from None
 
 
 def to_array(image, side):
@@ -533,8 +542,8 @@ def list_own(root, split):
         votes[name] = votes_of(root, name, row, classes, where)
     names = list(votes)
     labels = [voted_label(v, len(classes), "argmax") for v in votes.values()]
-    return Listing(names, labels, lambda i, side: to_array(read_image(root / names[i], 3), side),
-                   list(votes.values()), sources=[root / n for n in names],
+    read = lambda i, side: to_array(read_upright(root / names[i], 3), side)
+    return Listing(names, labels, read, list(votes.values()), sources=[root / n for n in names],
                    notes=[f"{len(names)} faces of {len(classes)} classes, as {table} says"])
 
 

@@ -30,11 +30,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from datasets import (DATA, InputError, align, as_picture, normalise, number, once, read_csv,
-                      read_image, resize, to_array)
+                      read_upright, resize, to_array)
 from decoder import attention_picture
 from hog import footnote
 from pll import (candidates_from_votes, cosines, draw_matrix, initial_confidence, is_one_hot,
@@ -636,11 +636,7 @@ def read_landmarks(path):
 
 def read_face(path, about, side, landmarks):
     """A picture file as the model's input, uint8 (C, side, side): aligned, or its middle square."""
-    image = read_image(path, about["channels"])
-    try:
-        image = ImageOps.exif_transpose(image)           # of a camera held upright
-    except Exception as error:                           # of damaged data Pillow says anything
-        raise InputError(f"{path}: its EXIF data are damaged ({error}); save it without") from None
+    image = read_upright(path, about["channels"])
     if landmarks is None:
         return to_array(image, side)
     points = landmarks.get(str(path), landmarks.get(path.name))

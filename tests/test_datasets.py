@@ -81,6 +81,16 @@ def test_ferplus_from_kaggles_csv_is_joined_by_row(tmp_path):
     kaggle = load_faces("ferplus", tmp_path, "train", 48, partial=True, cache=tmp_path / "cache")
     assert kaggle[[0, 1]].equal(plain[[0, 1]]) and kaggle.labels.equal(plain.labels)
     assert kaggle.names == plain.names and kaggle.notes == plain.notes
+    path = tmp_path / "fer2013.csv"                                  # a pixel is mended, read anew
+    path.write_text(path.read_text().replace("7 7 7,", "7 7 8,"))
+    mended = load_faces("ferplus", tmp_path, "train", 48, partial=True, cache=tmp_path / "cache")
+    assert (mended[[0]] != plain[[0]]).nonzero().tolist() == [[0, 0, 47, 47]]
+
+
+def test_a_cell_of_kaggles_csv_is_an_image_row_by_row():
+    pixels = np.arange(2304) % 251
+    image = datasets.kaggle_image(" ".join(map(str, pixels)), "row 2")
+    assert np.array_equal(image, pixels.reshape(48, 48))
 
 
 @pytest.mark.parametrize("votes, argmax, majority", [
@@ -249,6 +259,9 @@ def test_affectnet_from_csv_and_from_folders(tmp_path):
     np.save(other / "annotations/3_lnd.npy", LANDMARKS[::-1])            # behind the contempt
     again = read()
     assert again[[0, 1]].equal(folders[[0, 1]]) and not again[[2]].equal(folders[[2]])
+    Image.effect_noise((100, 100), 90).convert("RGB").save(other / "images/0.png")
+    changed = (read()[[0, 1, 2]] != again[[0, 1, 2]]).flatten(1).any(1)
+    assert changed.tolist() == [True, False, False]
 
 
 def test_affectnet_faces_are_aligned_by_their_own_landmarks(tmp_path):
@@ -509,6 +522,50 @@ def test_the_toy_is_the_one_that_all_kept_results_are_of():
     assert [f.notes[0].split()[-3] for f in found.values()] == ["325", "71", "143"]
 
 
+def test_each_action_unit_of_the_toy_moves_its_own_part_of_the_face():
+    """Where on average the pixels are that it changes: row, and distance from the middle column."""
+    rows, columns = np.mgrid[:96, :96]
+    drawn = lambda units: np.asarray(
+        datasets.toy_face(units, np.random.default_rng(0), 96), float).sum(2)
+    plain, places = drawn(np.zeros(12)), []
+    for unit in np.eye(12):
+        change = abs(drawn(unit) - plain)
+        places.append([(change * v).sum() / change.sum() for v in (rows, abs(columns - 47.5))])
+    brows, lids = [(30, 14), (30, 17), (34, 13)], [(41, 15), (41, 14)]
+    nose, lip = (53, 5), (67, 5)
+    smile_and_frown, stretched_pressed_open = [(51, 13), (71, 7)], [(71, 7), (70, 5), (76, 4)]
+    expected = [*brows, *lids, nose, lip, *smile_and_frown, *stretched_pressed_open]
+    assert abs(np.array(places) - expected).max() < 0.9
+    corners = [(drawn(np.eye(12)[unit]) - plain)[58:, [*range(30, 38), *range(58, 66)]]
+               for unit in (7, 8)]               # of the mouth, where both draw dark on the skin
+    up, down = ((rows[58:, :16] * (c < -60)).sum() / (c < -60).sum() for c in corners)
+    assert up < down - 5
+
+
+def test_the_contact_sheet_has_each_label_at_its_face(monkeypatch):
+    """Ten faces, each brighter than the one before; the first could not be read."""
+    said = []
+    monkeypatch.setattr(datasets.ImageDraw.ImageDraw, "text",
+                        lambda self, at, text, *how: said.append((at, text)))
+    found = datasets.Listing(list("abcdefghij"), [0] * 9 + [3],
+                             lambda i, side: np.full((3, side, side), 20 * i, np.uint8))
+    sheet = np.asarray(datasets.contact_sheet(found, "toy", range(1, 10)))
+    shown = [sheet[100 + k // 8 * 290, 106 + k % 8 * 196, 0] for k in range(9)]
+    assert shown == [20, 40, 60, 80, 100, 120, 140, 160, 180]
+    assert said[0] == ((16, 192), "neutral") and said[8] == ((16, 482), "surprise")
+
+
+def test_the_statistics_count_every_class_with_a_vote(monkeypatch):
+    said = []
+    monkeypatch.setattr(datasets.ImageDraw.ImageDraw, "text",
+                        lambda self, at, text, *how: said.append(text))
+    votes = [[9, 1, 0, 0, 0, 0, 0], [8, 2, 0, 0, 0, 0, 0], [0, 10, 0, 0, 0, 0, 0]]
+    datasets.statistics("toy", {"train": datasets.Listing(list("abc"), [0, 0, 1], None, votes)})
+    shares = [text for text in said if "%" in text]
+    assert shares[:7] == ["33.3%", "66.7%", "0.0%", "0.0%", "0.0%", "0.0%", "0.0%"]
+    assert shares[7:9] == ["85%", "15%"] and shares[14:16] == ["0%", "100%"]     # a row a label
+
+
 @pytest.mark.parametrize("mode, message", [
     ("CMYK", "colour mode CMYK"), ("I;16", "colour mode I;16")])
 def test_image_modes_that_are_not_read(tmp_path, mode, message):
@@ -613,6 +670,14 @@ def test_a_subset_of_a_subset_is_of_the_faces_that_it_names(cache):
     assert twice[[0, 1]].equal(faces[[40, 8]])
 
 
+def test_every_face_of_the_memory_map_is_the_readers(cache):
+    """They are read 256 at a time."""
+    faces, found = load_faces("toy", None, "val", 16, cache=cache), list_toy("val")
+    for i in (0, 255, 256, 499):
+        assert np.array_equal(faces[[i]][0], found.read(i, 16))
+    assert faces.truth.tolist() == found.truth and (faces.labels != faces.truth).sum() == 71
+
+
 def test_shrinking_averages_and_does_not_pick():
     images = ((torch.arange(96) % 4 == 0) * 255).byte().expand(1, 1, 96, 96)   # one column of four
     inner = datasets.resize(images, 24)[..., 2:-2]
@@ -626,7 +691,9 @@ def test_the_majority_convention_reaches_the_faces(tmp_path):
     faces = load_faces("ferplus", tmp_path, "train", 48, "majority", partial=True,
                        cache=tmp_path / "cache")
     assert faces.names == ["fer0000007.png"]                         # 4 of 8 are no majority
-    assert "majority label of 2 is unknown or no face or there is none (" in faces.notes[0]
+    told = "majority label of 2 is unknown or no face or there is none ("
+    assert told in faces.notes[0]
+    assert told in datasets.check("ferplus", tmp_path, "majority", partial=True)[0][0]
 
 
 def test_ferplus_may_lie_in_data_and_its_table_may_have_been_saved_by_excel(tmp_path):

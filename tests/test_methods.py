@@ -69,6 +69,8 @@ def test_each_row_of_the_tables_has_a_folder_of_its_own():
     (["--candidates", "lw1", "--prior", "votes"], "--prior votes: nobody voted for the labels that "
      "--candidates lw1 draws; leave one of the two out"),
     (["--candidates", "lw1", "--min-votes", "2"], "--min-votes: these sets are generated, not "),
+    (["--lw-beta", "2"], "--lw-beta: has no effect unless loss is lw; leave it out"),
+    (["--queue", "2048"], "--queue: has no effect unless loss is pico; leave it out"),
     (["--labels", "majority"], "--labels: has no effect unless data is ferplus; leave it out"),
     (["--align", "given"], "--align: has no effect unless data is raf; leave it out"),
     (["--warmup-revision", "2"],
@@ -92,6 +94,10 @@ def test_settings_that_do_not_go_together(flags, message, tmp_path, cache, monke
     if "mim-pixel" not in flags:
         flags = [*flags, "--init", "none"]
     assert message in error_of(train, [*TINY, "--cache", cache, *flags], capsys)
+
+
+def test_a_linear_head_alone_turns_eq3_off():
+    assert train.parse(["--head", "linear", "--init", "none"])["uniform_weight"] == 0
 
 
 def test_a_resnet_has_no_patches_to_fill_an_image():
@@ -176,9 +182,13 @@ def test_generated_sets_replace_votes_when_asked():
     sets = lambda kind: train.make_candidates({**config, "candidates": kind}, faces)
     assert sets(None).equal(votes >= 1) and sets("votes").equal(votes >= 1)
     assert 0.4 < sets("lw1")[:, 1].float().mean() < 0.6 and not sets("lw1")[:, 2:].any()
+    assert sets("lw2")[:, 6].any() and sets("lw4")[:, 3].any()
     assert 0.2 < sets("uniform:0.3")[:, 1:].float().mean() < 0.4
     with pytest.raises(InputError, match="raf has no votes"):
         train.make_candidates({**config, "data": "raf", "candidates": "votes"}, faces_with([0]))
+    with pytest.raises(InputError, match="from shares of votes"):
+        train.make_candidates({**config, "candidates": None, "min_votes": 2},
+                              faces_with([0], votes[:1] / 10))
 
 
 def test_vote_metrics_equal_their_slow_twin():

@@ -527,6 +527,22 @@ def test_a_picture_of_your_own_is_turned_upright_and_cut_to_its_middle_square(tm
     for name in ("wide.png", "turned.png"):
         read = evaluate.read_face(tmp_path / name, DATA["toy"], 16, None)
         assert np.array_equal(read.transpose(1, 2, 0), values[:, 7:23])
+    tall = values.transpose(1, 0, 2)                       # (30, 16, 3)
+    cut = datasets.to_array(Image.fromarray(tall), 16)
+    assert np.array_equal(cut.transpose(1, 2, 0), tall[7:23])
+
+
+def test_your_own_data_set_is_turned_upright_as_your_pictures_are(tmp_path, monkeypatch):
+    monkeypatch.setitem(DATA["own"], "classes", ["joy", "grief"])
+    values = np.random.default_rng(0).integers(0, 255, (16, 16, 3)).astype(np.uint8)
+    held = Image.Exif()
+    held[0x0112] = 6                                       # the camera lay on its side
+    Image.fromarray(values).save(tmp_path / "a.png")
+    Image.fromarray(np.rot90(values)).save(tmp_path / "b.png", exif=held)
+    (tmp_path / "train.csv").write_text("image,joy,grief\na.png,1,0\nb.png,1,0\n")
+    faces = load_faces("own", tmp_path, "train", 16, cache=tmp_path / "cache")
+    assert np.array_equal(faces[[0]][0].permute(1, 2, 0), values)
+    assert faces[[1]].equal(faces[[0]])
 
 
 def test_no_more_curves_are_drawn_than_there_are_colours(tmp_path, monkeypatch, capsys):

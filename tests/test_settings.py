@@ -210,16 +210,19 @@ def test_what_is_dropped_is_another_in_each_process(cache, monkeypatch):
     assert len(seeds) == len(set(seeds)) == 2
 
 
-def test_a_run_goes_on_from_another_place_and_with_other_workers_alone(trained, tmp_path,
+@pytest.mark.parametrize("stage", ["pretrained", "trained"])
+def test_a_run_goes_on_from_another_place_and_with_other_workers_alone(stage, tmp_path, request,
                                                                        monkeypatch):
-    shutil.copytree(trained, tmp_path / "run")
-    config = {**read_state(trained)["config"], "resume": True, "out": str(tmp_path / "run"),
-              "workers": 2, "data_dir": "D", "cache": "C", "save_every": 7}
+    earlier = request.getfixturevalue(stage)
+    shutil.copytree(earlier, tmp_path / "run")
+    config = read_state(earlier)["config"]
+    place = {"resume": True, "out": str(tmp_path / "run"), "workers": 2, "device": "cpu",
+             "data_dir": "D", "cache": "C", "save_every": 7, "picture_every": 9}
+    place = {k: v for k, v in place.items() if k in config}
+    config.update(place)
     state = pretrain.saved_state(Run(config, 0, 1, CPU))
-    assert state["step"] == 16
+    assert state["step"] == 16 and len(place) == (8 if stage == "pretrained" else 7)
     monkeypatch.setattr(pretrain, "load_checkpoint", lambda path, stage: state)
-    place = {"resume", "workers", "device", "out", "data_dir", "cache", "picture_every",
-             "save_every"}
-    for name in config.keys() - place - {"stage"}:
+    for name in config.keys() - place.keys() - {"stage"}:
         with pytest.raises(InputError, match=f" {name} was .*, is another"):
             pretrain.saved_state(Run({**config, name: "another"}, 0, 1, CPU))

@@ -13,6 +13,7 @@ import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import datasets
 import decoder
 import evaluate
 import pretrain
@@ -319,7 +320,9 @@ def test_faces_of_ones_own_go_through_both_stages_and_the_evaluation(tmp_path, c
     pretrain.main([*flags, str(tmp_path / "mim"), *DECODER])
     more = [str(tmp_path / "run"), "--init", str(tmp_path / "mim"), "--epochs", "20", "--lr",
             "0.01", "--warmup-revision", "2", "--dropout", "0"]
+    capsys.readouterr()
     train.main([*flags, *more])
+    assert "; 2.00 candidates a face, one for 50.0% of them" in capsys.readouterr().out
     state = read_state(tmp_path / "run")
     assert state["classes"] == state["config"]["classes"] == ["joy", "grief", "calm"]
     assert state["candidates"].sum(dim=1).tolist() == [1, 3] * 30
@@ -332,6 +335,13 @@ def test_faces_of_ones_own_go_through_both_stages_and_the_evaluation(tmp_path, c
     table.write_text(table.read_text().replace("joy,grief", "grief,joy"))
     with pytest.raises(InputError, match=r"classes was \['joy', .*, is \['grief', "):
         train.main([*flags, *more, "--resume"])
+
+
+def test_a_data_set_of_ones_own_is_checked(tmp_path, monkeypatch, capsys):
+    own_faces(tmp_path, "train", 6), own_faces(tmp_path, "test", 3)
+    monkeypatch.setitem(DATA["own"], "classes", None)      # as in a new process
+    datasets.main(["--data", "own", "--data-dir", str(tmp_path), "--out", str(tmp_path / "s.png")])
+    assert "  joy 2  grief 2  calm 2" in capsys.readouterr().out
 
 
 def test_more_classes_than_a_simplex_has_room_for(tmp_path, capsys):
@@ -452,6 +462,8 @@ def test_a_run_older_than_a_setting_is_not_resumed(trained, cache, tmp_path, cap
      "--prior votes: affectnet8 has no votes; leave it out"),
     (train, ["--method", "mim-pixel"], "pretrain.py --data toy --scale laptop --target pixel (or"),
     (train, ["--init", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
+    (train, ["--data", "ferplus", "--labels", "majority"],
+     "make it with: python pretrain.py --data ferplus --scale paper --labels majority (or"),
     (train, ["--threshold", "1"], "--threshold 1.0: give a number from 0.0 to 0.9999"),
     (train, ["--data", "raf", "--init", "none", *TINY],
      "data/raf: there is no such folder (--data-dir)"),
