@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import ImageDraw
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -149,6 +150,19 @@ def random_crowd(n=300, classes=5):
     faces = Faces("toy", "train", None, votes.argmax(dim=1), [str(i) for i in range(n)], votes,
                   draw(n))
     return faces, draw, generator
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """What is written into pictures from now on: (text, place, ink) each."""
+    told, whole = [], ImageDraw.ImageDraw.text
+
+    def text(self, at, text, ink, *how, **more):
+        told.append((text, at, ink))
+        whole(self, at, text, ink, *how, **more)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    return told
 
 
 @pytest.fixture(scope="session")

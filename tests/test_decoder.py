@@ -191,6 +191,11 @@ def test_the_papers_costs():
         assert (row[5], row[6]) == (f"{gigabytes:.1f}", f"{hours:.2f}")
 
 
+def test_the_costs_are_of_the_faces_and_the_utilisation_asked_for(capsys):
+    cost.main(["--faces", "1000", "--utilisation", "0.7"])
+    assert capsys.readouterr().out.splitlines()[:-1] == cost.cost_table(1000, 0.7)
+
+
 @pytest.mark.parametrize("flags", [["--faces", "0"], ["--utilisation", "0"]])
 def test_costs_of_nothing_are_refused(flags, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -213,10 +218,12 @@ def test_dropout_acts_in_training_alone():
     assert decoder.eval()(tokens).equal(decoder(tokens))
 
 
-def test_the_picture_is_of_the_last_layers_attention(monkeypatch):
+def test_the_picture_is_of_the_last_layers_attention(monkeypatch, said):
     shown = []
     monkeypatch.setattr(cost, "heat", lambda face, attention, pixels: (
         shown.append(attention), face.resize((pixels, pixels)))[1])
-    maps, face = torch.rand(1, 2, 3, 7, 9), Image.new("RGB", (8, 8))
-    cost.attention_picture([face], maps, torch.rand(1, 7), list("abcdefg"), [["one"]])
-    torch.testing.assert_close(torch.stack(shown), maps[0, 1].mean(dim=0))      # over the heads
+    maps, zeta, face = torch.rand(2, 2, 3, 7, 9), torch.rand(2, 7), Image.new("RGB", (8, 8))
+    cost.attention_picture([face] * 2, maps, zeta, list("abcdefg"), [["one"]] * 2)
+    torch.testing.assert_close(torch.stack(shown), maps[:, 1].mean(dim=1).flatten(0, 1))   # heads'
+    assert [(text, ink) for text, _, ink in said if "%" in text] == [
+        (f"{v:.0%}", "firebrick" if v == row.max() else "black") for row in zeta for v in row]

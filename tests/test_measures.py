@@ -31,6 +31,11 @@ def test_each_line_of_the_text_has_its_own_number():
         "accuracy on truth 88.00% (the crowd's label: 99.00%)",
         "class faces recall precision", "a 1 12.0% 34.0%", "b 2 - 56.0%",
         "voted / predicted a b", "a 3 4", "b 5 6"]
+    sets = dict(usual_error=1, usual_error_share=.18, disputed_faces=7, disputed_revised=.19,
+                disputed_as_voted=.21, disputed_network_as_voted=.23)
+    text = evaluate.as_text({**TOLD, **sets}, "ab", True)
+    assert "made b                18.00%   of those not as voted" in text
+    assert "disputed in training  19.00%   of 7 are revised, 21.00% of these as voted" in text
 
 
 def test_what_is_measured_of_a_split():

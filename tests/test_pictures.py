@@ -1,6 +1,7 @@
 """What is drawn: each picture shows what it says, and the README's are what the code draws."""
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,14 +9,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import datasets
 import evaluate
 import hog
 import pll
 import pretrain
-from conftest import (DECODER, ONE_THREAD, ROOT, TINY, error_of, faces_with, flags_for,
+import train
+from conftest import (CPU, DECODER, ONE_THREAD, ROOT, TINY, error_of, faces_with, flags_for,
                       given_to_fit, read_state, run_script, shown_accuracy)
 from datasets import DATA, TEMPLATE, InputError, load_faces, to_picture
 from decoder import heat
@@ -89,6 +91,9 @@ def test_a_glyph_lies_along_the_edge():
         assert (spread[1] > 3 * spread[0]) == across and spread.max() > 15
     assert sorted(round(np.degrees(np.arctan2(-dy, dx))) % 180 for dx, dy in (
         edge(b, 1.0) for b in range(BINS))) == list(range(10, 180, 20))
+    a, b = torch.rand(2, 9, 4, 4)                          # channels are averaged
+    assert glyphs(torch.stack([a, b, b]), 24).tobytes() == glyphs(
+        ((a + b + b) / 3)[None], 24).tobytes()
 
 
 def test_hog_draws_a_given_image_and_names_a_broken_one(tmp_path, capsys):
@@ -133,6 +138,9 @@ def test_the_story_of_a_sample_is_that_of_the_equations(monkeypatch):
     assert values[2][:3] == pytest.approx([1 / 3] * 3) and sum(values[2]) == pytest.approx(1)
     assert "not more than 0.1: keep" in notes[4] and values[5] == values[2]
     assert "\nmore than 0.1: revise" in notes[7] and values[8] == [0, 1, 0, 0, 0, 0, 0]
+    for note in (notes[4], notes[7]):
+        v1, v2, lead = map(float, re.search(r"= (.*) - (.*) = (.*)\n", note).groups())
+        assert v1 - v2 == pytest.approx(lead, abs=1.1e-3)
     pll.story(0.2)                                       # more than any lead here: nothing fires
     assert "not more than 0.2: keep" in written[-2][3] and written[-1][1] == values[2]
 
@@ -147,9 +155,9 @@ def test_cosines_are_written_and_the_simplex_is_even():
 
 def test_attention_is_red_where_a_label_looks():
     attention = torch.zeros(16)
-    attention[6] = 1.0                                   # row 1, column 2 of four
+    attention[[6, 9]] = 0.02                             # rows 1 and 2, columns 2 and 1 of four
     pixels = np.asarray(heat(Image.new("RGB", (40, 40), "white"), attention, 80), int)
-    assert pixels[30, 50, 1] < 120 and (pixels[70, 10] == 255).all()
+    assert pixels[30, 50, 1] < 120 and pixels[50, 30, 1] < 120 and (pixels[70, 70] == 255).all()
 
 
 def test_pre_training_draws_what_it_predicts(tmp_path, cache):
@@ -183,9 +191,24 @@ class Nothing(torch.nn.Module):
         return torch.zeros(*mask.shape, 108)
 
 
-def test_the_target_stands_before_the_prediction(tmp_path, cache, monkeypatch):
+def test_the_target_stands_before_the_prediction(tmp_path, cache, monkeypatch, said):
     run, _, _, faces, *_ = given_to_fit(pretrain, DECODER, tmp_path, cache, monkeypatch)
+    drawn, whole = [], pretrain.seen_as
+
+    def watch(values, image, *how):
+        drawn.append((values, image))
+        return whole(values, image, *how)
+
+    monkeypatch.setattr(pretrain, "seen_as", watch)
     sheet = np.asarray(pretrain.reconstruction(run, Nothing(), faces, ""))
+    values, shown = (torch.stack(column) for column in zip(*drawn[::2]))     # of the targets
+    images = datasets.prepare(faces[range(4)], 16, "toy")
+    assert shown.equal(images) and values.equal(pretrain.make_targets(images, "hog", 4))
+    masks = pretrain.draw_masks("random", range(4), 4, 7, 0).reshape(4, 4, 4)
+    for i, mask in enumerate(masks):                       # each row has its own
+        encoder_sees = sheet[96 + 304 * i:384 + 304 * i, 320:608]
+        assert np.array_equal((encoder_sees == 215).all(2)[36::72, 36::72], mask)
+    assert [text for text, *_ in said][3:5] == ["HOG of masked patches", "predicted HOG"]
     target, predicted = (sheet[97:383, 17 + k * 304:303 + k * 304] for k in (2, 3))
     assert (predicted == 255).all() and not (target == 255).all()
 
@@ -205,29 +228,52 @@ def test_a_picture_undoes_the_normalisation(cache):
     assert np.array_equal(np.asarray(to_picture(x, "toy")), faces[[3]][0].permute(1, 2, 0).numpy())
 
 
-def test_evaluation_draws_all_its_pictures(trained, cache, tmp_path, capsys):
+def test_evaluation_draws_all_its_pictures(trained, cache, tmp_path, capsys, monkeypatch, said):
     shutil.copytree(trained, tmp_path / "run")
+    shown, given = {}, {}
+
+    def cosines(pairs, names, tau):
+        shown.update(pairs, tau=tau)
+        return pll.cosines(pairs, names, tau)
+
+    def attention_of(model, run, state, images, titles):
+        given.update(images=images, titles=titles)
+        return Image.new("RGB", (9, 9))
+
+    monkeypatch.setattr(evaluate, "cosines", cosines)
+    monkeypatch.setattr(evaluate, "attention_of", attention_of)
     evaluate.main([str(tmp_path / "run")])
+    text = capsys.readouterr().out
+    faces = load_faces("toy", None, "test", 16, cache=cache)            # the first of each label
+    assert given["images"].equal(faces[[faces.labels.tolist().index(k) for k in range(7)]])
+    assert [title[0] for title in given["titles"]] == [f"voted {c}" for c in DATA["toy"]["classes"]]
+    assert shown["after"].equal(read_state(trained)["model"]["head.queries"])
+    begun = given_to_fit(train, ["--init", "none"], tmp_path / "new", cache, monkeypatch)[1]
+    assert shown["before"].equal(begun.head.queries) and shown["tau"] == 0.25
     drawn = {p.stem for p in (tmp_path / "run/pictures").iterdir()}
     assert drawn - {"locked-in"} == {"confusion-test", "curves", "reliability-test",
                                      "attention-test", "queries", "disambiguation"}
-    text = capsys.readouterr().out
     assert all(name in text.splitlines()[-1] for name in drawn)
     kept = json.loads((tmp_path / "run/test.json").read_text())
     assert ("locked-in" in drawn) == (kept["locked_in"] > 0)
     assert f"accuracy             {kept['accuracy']:7.2%}" in text
+    calibration = f"reliability, ECE {kept['vote_calibration_error']:.1%}"
+    assert calibration in [text for text, *_ in said]
 
 
 def test_locked_in_are_faces_of_which_the_network_says_the_vote_and_c_another_label(monkeypatch):
     drawn = []
-    monkeypatch.setattr(evaluate, "disambiguation", lambda faces, *rest: drawn.append(faces.names))
-    faces = faces_with([0, 0, 0, 1, 2])
+    monkeypatch.setattr(evaluate, "disambiguation", lambda faces, *rows: drawn.append(
+        [faces.names, *(x.tolist() for x in rows[:3])]))
+    faces = faces_with([2, 0, 0, 1, 0])
     c = torch.tensor([[0, 1.0, 0], [0, 1, 0], [1, 0, 0], [0.5, 0.5, 0], [0, 1, 0]])
-    sets = torch.tensor([[1, 1, 0], [1, 1, 0], [1, 1, 0], [1, 1, 0], [0, 1, 0]], dtype=torch.bool)
-    state = {"candidates": sets, "confidence": c, "classes": "abc"}
-    evaluate.disambiguated(state, faces, torch.tensor([0, 1, 0, 1, 2]))
-    assert drawn == [["0", "1", "2", "3"], ["0"]]    # all large sets; said, voted: 0, C says 1
-    assert list(evaluate.disambiguated(state, faces, torch.tensor([1, 1, 0, 1, 2]))) == [
+    sets = torch.tensor([[0, 1, 0], [1, 1, 0], [1, 1, 0], [1, 1, 0], [1, 1, 0]], dtype=torch.bool)
+    state, said = {"candidates": sets, "confidence": c, "classes": "abc"}, [2, 1, 0, 1, 0]
+    evaluate.disambiguated(state, faces, torch.tensor(said))
+    assert drawn == [[[faces.names[i] for i in rows],
+                      *(x[rows].tolist() for x in (sets, c, torch.tensor(said)))]
+                     for rows in ([1, 2, 3, 4], [4])]    # large sets; said, voted: 0, C says 1
+    assert list(evaluate.disambiguated(state, faces, torch.tensor([2, 1, 0, 1, 1]))) == [
         "disambiguation"]                            # nothing is locked in
 
 
@@ -309,6 +355,25 @@ def test_labels_that_were_given_up_are_struck_through(cache):
     assert struck(hard)[1] - struck(hard)[0] == 2 * 28                   # the first and the third
 
 
+def test_each_face_has_its_own_labels_and_answer(cache, said):
+    faces = load_faces("toy", None, "val", 16, cache=cache).subset(torch.tensor([0, 1]))
+    faces.labels = torch.tensor([2, 3])
+    start = torch.tensor([[0.5, 0.5, 0, 0, 0, 0, 0]] * 2)
+    confidence = torch.stack([start[0], torch.eye(7)[0]])                # the second gave up b
+    sheet = np.asarray(evaluate.disambiguation(faces, start > 0, confidence, [4, 5], "abcdefg"))
+    assert [text for text, *_ in said if ": " in text][:4] == [
+        "voted: c", "predicted: e", "voted: d", "predicted: f"]
+    assert [(text, at[0]) for text, at, ink in said if ink == "grey"] == [("b", 288)]
+    assert not np.array_equal(sheet[20:220, 20:220], sheet[20:220, 280:480])
+
+
+def test_the_reliability_picture_has_probabilities_across_and_shares_up(said):
+    picture = evaluate.reliability_picture(torch.tensor([[0.9, 0.1]]).log(),
+                                           torch.tensor([[2.0, 8]]))
+    assert said[0][0] == "reliability, ECE 70.0%"
+    assert picture.getpixel((110 + 540, 70 + 480 - 15)) == (70, 130, 180)     # in the dot
+
+
 def test_reliability_bins_hold_all_faces_and_their_sums():
     torch.manual_seed(0)
     logits, votes = torch.randn(200, 7) * 2, torch.randint(0, 5, (200, 7)).float() + 0.1
@@ -330,7 +395,7 @@ def pictures(tmp_path_factory, cache):
     (folder / "more").mkdir()
     for i in range(5):
         image = Image.fromarray(faces[[i]][0].permute(1, 2, 0).numpy())
-        image.save(folder / ("more" if i > 2 else "") / f"{i}.png")
+        image.save(folder / ("more" if i > 2 else "") / f"{i}.{'PNG' if i == 4 else 'png'}")
     (folder / "broken.png").write_bytes(b"no picture")
     (folder / "notes.txt").write_text("not a picture by its name")
     return folder
@@ -355,6 +420,46 @@ def test_a_folder_of_faces_becomes_a_table(trained, cache, pictures, tmp_path):
         assert [float(v) for v in row[3:]] == pytest.approx(shares.tolist(), abs=2e-4)
         assert row[1] == DATA["toy"]["classes"][shares.argmax()]
         assert row[2].split() == [n for n, s in zip(DATA["toy"]["classes"], shares) if s >= 0.1]
+
+
+def test_a_folder_of_more_pictures_than_a_batch(trained, pictures):
+    model, run, state = evaluate.load_run(trained, {"device": "cpu"})
+    paths = sorted(pictures.rglob("?.*"))
+    ask = lambda size: [(path, pytest.approx(zeta.tolist(), abs=1e-5)) for path, zeta, _ in
+                        evaluate.recognise(run, model, state, paths, None, size)]
+    assert [path for path, _ in ask(2)] == paths and len(paths) == 5
+    for (_, zeta), path in zip(ask(2), paths):
+        [(_, alone, _)] = evaluate.recognise(run, model, state, [path], None)
+        assert alone.tolist() == zeta
+
+
+def test_a_picture_is_given_to_the_network_as_the_faces_of_its_training_were(tmp_path):
+    """Grey and of 48 pixels at most for FERPlus, whose faces a larger model is given enlarged."""
+    Image.new("RGB", (200, 300), "red").save(tmp_path / "face.png")
+    run, seen = pretrain.Run(dict(data="ferplus", image_size=96), 0, 1, CPU), []
+
+    def model(x):
+        seen.append(x.shape)
+        return torch.zeros(len(x), 8)
+
+    [(_, _, face)] = evaluate.recognise(run, model, DATA["ferplus"], [tmp_path / "face.png"], None)
+    assert face.shape == (1, 48, 48) and seen == [(1, 3, 96, 96)]
+
+
+def test_the_device_of_the_command_line_is_that_of_recognition(monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "load_run", lambda *how: asked.append(how) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate.main("RUN --image x.png --device cpu".split())
+    assert asked[0][1]["device"] == "cpu"
+
+
+def test_landmarks_of_a_path_come_before_those_of_a_name(tmp_path):
+    path, near, far = tmp_path / "face.png", TEMPLATE / 7, TEMPLATE / 3
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(path)
+    read = lambda marks: evaluate.read_face(path, DATA["toy"], 16, marks)
+    assert np.array_equal(read({str(path): near, "face.png": far}), read({"face.png": near}))
 
 
 def test_one_image_in_and_a_label_out(trained, pictures, tmp_path, capsys):
@@ -494,12 +599,20 @@ def test_a_method_without_label_queries_has_pictures_too(method_run, cache, caps
     assert "confusion-val, curves, reliability-val)" in capsys.readouterr().out
 
 
-def test_the_rows_of_drawn_matrices_are_voted_labels(monkeypatch):
-    drawn = []
+def test_the_rows_of_drawn_matrices_are_voted_labels(monkeypatch, said):
+    sheet, drawn, written = Image.new("RGB", (130, 130)), [], []
+    pll.draw_matrix(ImageDraw.Draw(sheet), 0, 0, [[0, 1], [0, 0]], [[5, 6], [7, 8]], "ab", "{}")
+    assert sheet.getpixel((65, 3)) == (0, 0, 255) and sheet.getpixel((3, 65)) == (255, 255, 255)
+    assert [(text, at) for text, at, _ in said if text.isdigit()] == [
+        ("5", (31, 31)), ("6", (93, 31)), ("7", (31, 93)), ("8", (93, 93))]
     for module in (evaluate, datasets):
-        monkeypatch.setattr(module, "draw_matrix", lambda *how: drawn.append(how[3]))
-    evaluate.confusion_picture(dict(confusion=[[3, 1], [0, 2]], accuracy=0, mean_class_accuracy=0),
-                               "ab")
+        monkeypatch.setattr(module, "draw_matrix", lambda *how: (drawn.append(how[3]),
+                                                                 written.append(how[4])))
+    said.clear()
+    evaluate.confusion_picture(dict(confusion=[[3, 1], [0, 2]], accuracy=0.12,
+                                    mean_class_accuracy=0.34), "ab")
+    assert said[0][0] == "accuracy 12.0%, mean class 34.0%"
+    assert written[0].tolist() == [[3, 1], [0, 2]]
     votes = [[6, 4, 0, 0, 0, 0, 0], [8, 2, 0, 0, 0, 0, 0], [0, 10, 0, 0, 0, 0, 0]]
     datasets.statistics("toy", {"train": datasets.Listing(list("abc"), [0, 0, 1], None, votes)})
     assert drawn[0].tolist() == [[0.75, 0.25], [0, 1]]
@@ -516,6 +629,17 @@ def test_curves_are_of_the_labels_loss_and_the_accuracies(monkeypatch):
     values = [[v for _, _, v in series] for series in drawn]
     assert values[0] == [[1, 2], [5, 5]] and values[2] == [[1, 2], [1, 2]]
     assert values[1] == [[0.1, 0.2], [0.2, 0.4], [0.3, 0.6]] and values[3] == [[0.2, 0.4]] * 2
+    shorter = [{k: v for k, v in record.items() if not k.startswith("val")} for record in log]
+    evaluate.curves([("one", shorter), ("two", log)])      # what both have
+    assert [v for _, _, v in drawn[-1]] == [[0.1, 0.2]] * 2
+
+
+def test_the_axes_of_a_chart_count_upwards_and_from_the_first_epoch(said):
+    draw = ImageDraw.Draw(Image.new("RGB", (900, 600)))
+    evaluate.chart(draw, 0, 0, "t", [("a", "red", [0.0, 2.0, 1.0])])
+    ticks = sorted((at[1], -float(text)) for text, at, _ in said if "." in text)
+    assert len(ticks) == 5 and ticks == sorted(ticks, key=lambda tick: tick[1])
+    assert [text for text, *_ in said if text.isdigit()] == ["1", "2", "3"]
 
 
 def test_a_picture_of_your_own_is_turned_upright_and_cut_to_its_middle_square(tmp_path):

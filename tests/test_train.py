@@ -485,7 +485,9 @@ def test_a_run_older_than_a_setting_is_not_resumed(trained, cache, tmp_path, cap
     (evaluate, [], "runs/train-toy: no such run; make it with: python train.py"),
     (evaluate, [__file__], "test_train.py: not a readable checkpoint"),
     (evaluate, ["--csv", "x.csv"], "--csv and --landmarks go with them"),
-    (evaluate, ["a", "b", "--image", "x.png"], "--image or --folder takes one run"),
+    *((evaluate, flags.split(), "--image or --folder takes one run") for flags in (
+        "a b --image x.png", "--image x.png --folder .", "--landmarks x.csv",
+        "--image x.png --markdown")),
     (evaluate, ["--json", "--markdown"], "--json: one object a run, no table; leave it or --mark"),
     (evaluate, ["--image", "x.png", "--json"], "--split, --json and --markdown do not"),
     (evaluate, ["--folder", ".", "--split", "val"], "--split, --json and --markdown do not")])
