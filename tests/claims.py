@@ -114,7 +114,7 @@ def gains(one, other, key):
 
 
 def cell(one, other):
-    """What a column says of two kept runs; empty if they share no seed."""
+    """What a column says of two kept runs; empty if they share no seed, ' behind it: one alone."""
     points = gains(one, other, "accuracy")
     held_out = [] if one.startswith("toy/") else gains(one, other, "held_out_accuracy")
     if not points:
