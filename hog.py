@@ -52,11 +52,11 @@ def gradients(images):
 
 
 def magnitude_and_angle(gx, gy):
-    """Length of the gradient, its angle from the y axis (MaskFeat's) in bins, -9 .. 9, modulo 9.
+    """Length of the gradient, its angle from the y axis (MaskFeat's) in bins, not yet modulo 9.
 
-    Both are finite, and so are their gradients: where the image is flat the angle has no meaning
-    and the derivatives of sqrt and atan2 do not exist, so such pixels are given length 0, a
-    constant, and angle 0.
+    The angle is in -9 .. 9. Both are finite, and so are their gradients: where the image is flat
+    the angle has no meaning and the derivatives of sqrt and atan2 do not exist, so such pixels are
+    given length 0, a constant, and angle 0.
     """
     power = gx.square().add_(gy.square())
     flat = power == 0

@@ -56,7 +56,7 @@ THE_PAPERS = [                                           # comparisons of which 
     ("", "none; both with Eq. 3", "ours", "decoder-uniform"),
     ("`ours`, the whole method", "`mim-hog-pll`: sets, linear head", "ours", "mim-hog-pll"),
     ("", "`mim-hog`: one-hot labels, linear head", "ours", "mim-hog"),
-    ("", "`baseline`: the same from random weights", "ours", LONG_BASELINE),
+    ("", "`baseline`: one-hot, random weights", "ours", LONG_BASELINE),
     ("", "RC on ResNet-18", "ours", resnet("rc")),
     ("", "PiCO on ResNet-18", "ours", resnet("pico")),
     ("", "LW (cross-entropy) on ResNet-18", "ours", resnet("lw-ce")),
