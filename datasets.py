@@ -106,7 +106,6 @@ class Listing:
 @dataclass
 class Faces(Dataset):
     """A split with its images; `faces[indices]` is a uint8 batch (B, C, S, S)."""
-    data: str
     split: str
     images: np.ndarray
     labels: torch.Tensor
@@ -232,7 +231,7 @@ def number(text, where, low=0, high=MOST, whole=True):
         value = float(text)
     except (TypeError, ValueError):
         value = math.nan
-    if not (low <= value <= high and math.isfinite(value)) or (whole and not value.is_integer()):
+    if not low <= value <= high or (whole and not value.is_integer()):
         kind = "a whole number" if whole else "a number"
         limits = f"from {low}" + ("" if high == MOST else f" to {high}")
         raise InputError(f"{where}: {text!r} is not {kind} {limits}; correct the row")
@@ -432,18 +431,17 @@ def list_raf(root, split, align_by, partial):
             raise InputError(f"{share}: no 7 votes for {missing[0]}; complete the file or remove "
                              "it")
         votes = [found[n] for n in names]
-    file = {n: aligned / n.replace(".jpg", "_aligned.jpg") if given else original / n
-            for n in names}
-    marks = {n: points / n.replace(".jpg", "_manu_attri.txt") for n in names}
+    files = [aligned / n.replace(".jpg", "_aligned.jpg") if given else original / n for n in names]
+    marks = [points / n.replace(".jpg", "_manu_attri.txt") for n in names]
 
     def read(i, side):
-        image = read_image(file[names[i]], 3)
+        image = read_image(files[i], 3)
         if not given:
             try:
-                rows = [row.split()[:2] for row in marks[names[i]].read_text().splitlines()[:5]]
+                rows = [row.split()[:2] for row in marks[i].read_text().splitlines()[:5]]
                 image = align(image, np.array(rows, float).reshape(5, 2), side)
             except (OSError, ValueError) as error:
-                raise InputError(f"{marks[names[i]]}: not five rows of x and y ({error})") from None
+                raise InputError(f"{marks[i]}: not five rows of x and y ({error})") from None
         return to_array(image, side)
 
     against = sum(not found[n][labels[n]] for n in names) if votes else 0
@@ -452,7 +450,7 @@ def list_raf(root, split, align_by, partial):
              + f" ({against} have none for their label: is the order right?)" * (against > 0)
              + (", as aligned in Image/aligned" if given else ", aligned by Annotation/manual")]
     return Listing(names, [labels[n] for n in names], read, votes, notes=notes,
-                   sources=[*file.values(), *(() if given else marks.values())])
+                   sources=files if given else files + marks)
 
 
 def list_affectnet(data, root, split, partial):
@@ -537,8 +535,7 @@ def list_own(root, split):
         if row.keys() - {"image", *classes}:
             raise InputError(f"{where}: more columns than train.csv's image, {', '.join(classes)}; "
                              "remove them")
-        if name in votes:
-            raise InputError(f"{where}: {name} has two rows; remove one")
+        once(name, votes, where)
         votes[name] = votes_of(root, name, row, classes, where)
     names = list(votes)
     labels = [voted_label(v, len(classes), "argmax") for v in votes.values()]
@@ -754,21 +751,19 @@ def listing(data, data_dir, split, convention="argmax", partial=False, align_by=
     return found
 
 
-def code_behind(function, known):
-    """The source of a function and of the functions of its folder that it calls, and so on.
-
-    known: names of functions that are already told; it grows.
-    """
+def code_behind(function):
+    """The source of a function and of the functions of its folder that it calls, and so on."""
     folder = lambda f: Path(f.__globals__.get("__file__", "")).parent
-    text, codes = inspect.getsource(function), [function.__code__]
-    for code in codes:                                   # grows by the functions inside
-        codes += [c for c in code.co_consts if inspect.iscode(c)]
-        for name in sorted(set(code.co_names) - known):
-            other = function.__globals__.get(name)
-            if inspect.isfunction(other) and folder(other) == folder(function):
-                known.add(name)
-                text += code_behind(other, known)
-    return text
+    functions = [function]
+    for caller in functions:                             # grows by the functions called
+        codes = [caller.__code__]
+        for code in codes:                               # grows by the functions inside
+            codes += filter(inspect.iscode, code.co_consts)
+            for other in map(caller.__globals__.get, code.co_names):
+                if inspect.isfunction(other) and folder(other) == folder(function) \
+                        and other not in functions:
+                    functions.append(other)
+    return "".join(map(inspect.getsource, functions))
 
 
 def memory_map(found, data, split, side, cache):
@@ -778,10 +773,9 @@ def memory_map(found, data, split, side, cache):
     the code that reads and aligns images, so that what changed is read again; old files may be
     deleted. It is written beside and renamed: a half-built file is never used.
     """
-    code = code_behind(found.read, set())
     shape = len(found.names), DATA[data]["channels"], side, side
     digest = hashlib.sha256(repr((data, split, shape, found.names, TEMPLATE.tolist(),
-                                  code)).encode())
+                                  code_behind(found.read))).encode())
     try:
         for source in found.sources:
             status = os.stat(source)
@@ -800,7 +794,7 @@ def memory_map(found, data, split, side, cache):
                              f"({error.strerror or error})") from None
     try:
         return np.load(path, mmap_mode="r")
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise InputError(f"{path}: not a whole memory map ({error}); delete it") from None
 
 
@@ -814,7 +808,7 @@ def build_memory_map(path, found, shape):
     array = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
     bar = tqdm(total=len(array), desc=f"reading {path.name}", leave=False, disable=None)
     try:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        with bar, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for i in range(0, len(array), 256):           # few at a time: memory stays flat
                 rows = range(i, min(i + 256, len(array)))
                 faces = np.stack(list(pool.map(lambda j: found.read(j, shape[-1]), rows)))
@@ -824,7 +818,6 @@ def build_memory_map(path, found, shape):
         del array                                         # Windows renames no file that is mapped
         os.replace(partial, path)
     finally:
-        bar.close()
         partial.unlink(missing_ok=True)
 
 
@@ -836,8 +829,7 @@ def load_faces(data, data_dir, split, image_size, convention="argmax", partial=F
     images = memory_map(found, data, split, side, cache)                   # (n, C, side, side)
     votes = None if found.votes is None else torch.tensor(np.array(found.votes)).float()
     truth = None if found.truth is None else torch.tensor(found.truth)
-    return Faces(data, split, images, torch.tensor(found.labels), found.names, votes, truth,
-                 found.notes)
+    return Faces(split, images, torch.tensor(found.labels), found.names, votes, truth, found.notes)
 
 
 def hold_out(faces, share, seed):
@@ -1019,21 +1011,22 @@ def check(data, data_dir, convention="argmax", partial=False, align_by="points")
                 found = listing(data, data_dir, split, convention, lenient, align_by)
                 break
             except InputError as error:
-                found, problem = None, str(error)
-                problems += [problem] if problem not in problems else []
-        if found is None:
+                if str(error) not in problems:
+                    problems.append(str(error))
+        else:
             continue
 
         def digest(i):
             try:
                 return hashlib.sha256(found.read(i, side).tobytes()).hexdigest()
             except InputError as error:
-                problems.append(str(error))
+                return error
 
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             digests = list(pool.map(digest, range(len(found.names))))
-        listings[split] = found, [i for i, d in enumerate(digests) if d]
-        digests = [d for d in digests if d]
+        problems += [str(d) for d in digests if isinstance(d, InputError)]
+        listings[split] = found, [i for i, d in enumerate(digests) if isinstance(d, str)]
+        digests = [d for d in digests if isinstance(d, str)]
         elsewhere = Counter(known[d] for d in digests if d in known)
         known.update((d, split) for d in digests if d not in known)
         counts = Counter(found.labels)
@@ -1078,7 +1071,7 @@ def main(argv=None):
     if readable:
         save(contact_sheet(found, args.data, readable[:64]), out)
         print(f"contact sheet: {out}")
-        if args.data == "toy":                                   # the others' are files as it is
+        if args.data == "toy":                               # the others' faces are files already
             face = torch.tensor(found.read(readable[0], DATA["toy"]["side"]))
             save(as_picture(face), out.with_name("toy-face.png"))
     if listings:

@@ -4,7 +4,7 @@ Paper: Sec. 4 (the accuracy of its tables). The class is the argmax of the decod
 
     symbol  name       shape    meaning
     n, K    len, classes        faces of the split, number of labels
-            logits     (n, K)   of the last epoch's model; no epoch is chosen by looking at the split
+            logits     (n, K)   of the last epoch's model; no epoch is chosen by its accuracy here
     y       labels     (n,)     the voted label
             shares     (n, K)   the share of the votes that each class got
             confusion  (K, K)   faces of a class (row) that were given a label (column)

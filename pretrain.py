@@ -82,6 +82,9 @@ SETTINGS = {
     "picture_every": (50, 4, 1, 100_000, "epochs from one picture of the predictions to the next"),
     "save_every": (10, 1, 1, 100_000, "epochs from one checkpoint to the next"),
 }
+# From one seed's streams of random numbers to the next one's: more than the steps of a run (90,000
+# on FERPlus with the paper's settings) and the rows of a batch.
+SEED_STRIDE = 1_000_003
 
 
 # ---------------------------------------------------------------------------------------- masking
@@ -134,7 +137,7 @@ def draw_masks(kind, rows, grid, count, seed):
     """
     if kind == "random":
         return random_mask(rows.stop, grid, count, seed)[rows.start:]
-    masks = [block_mask(grid, count, random.Random(seed * 1_000_003 + row)) for row in rows]
+    masks = [block_mask(grid, count, random.Random(seed * SEED_STRIDE + row)) for row in rows]
     return torch.from_numpy(np.stack(masks))
 
 
@@ -665,7 +668,7 @@ def load_weights(model, weights, where, remedy="the network's code has changed s
     own = model.state_dict()
     missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [f"{k} is {tuple(weights[k].shape)}, the model's {tuple(own[k].shape)}"
-              for k in own.keys() & weights.keys() if own[k].shape != weights[k].shape]
+              for k in own if k in weights and own[k].shape != weights[k].shape]
     if missing or extra or shapes:
         first = (shapes + missing + extra)[0]
         raise InputError(f"{where}: weights of another model ({len(missing)} missing, {len(extra)} "
@@ -782,7 +785,7 @@ def batches(run, faces, epoch, first):
     next epoch's order. So no face is seen twice in an epoch, by any number of processes.
     """
     size = run.config["batch_size"]
-    generator = torch.Generator().manual_seed(run.config["seed"] * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(run.config["seed"] * SEED_STRIDE + epoch)
     order = torch.randperm(len(faces), generator=generator)                # Algorithm 1, line 3
     steps = len(faces) // size
     local = order[:steps * size].reshape(steps, size)[first:, run.share.start:run.share.stop]
@@ -830,7 +833,7 @@ def update(model, optimizer, scaler, loss, clip):
     nn.utils.clip_grad_norm_(model.parameters(), clip)
     scaler.step(optimizer)                                   # Algorithm 1, line 9
     scaler.update()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
 
 
 def not_finite(run, loss, step, lr, faces, indices):
@@ -878,7 +881,7 @@ def train_epoch(run, network, optimizer, scaler, faces, step_loss, state, signal
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
         # Of dropout and drop path:
-        torch.manual_seed((c["seed"] * 1_000_003 + step) * run.world + run.rank)
+        torch.manual_seed((c["seed"] * SEED_STRIDE + step) * run.world + run.rank)
         loss, total, scalars = loss_in_parts(run, network, scaler, images, indices, step_loss,
                                              step)
         wrong, stop = anywhere(run, total.isfinite().logical_not(), len(signals) > 0)
@@ -1053,7 +1056,7 @@ def save_picture(run, draw, epoch, note):
 
 def uniforms(run, step, columns=12):
     """This process's rows of the step's random numbers, (b, columns) in [0, 1)."""
-    generator = torch.Generator().manual_seed((run.config["seed"] * 1_000_003 + step) * 2 + 1)
+    generator = torch.Generator().manual_seed((run.config["seed"] * SEED_STRIDE + step) * 2 + 1)
     u = torch.rand(run.config["batch_size"], columns, generator=generator)
     return u[run.rows.start:run.rows.stop].to(run.device)
 
@@ -1094,7 +1097,7 @@ def main(argv=None):
     def step_loss(network, images, indices, step):
         with run.timed("target"):
             # The mask comes first: it is drawn while the card is busy with the step before.
-            seed = c["seed"] * 1_000_003 + step
+            seed = c["seed"] * SEED_STRIDE + step
             mask = draw_masks(c["mask"], run.rows, grid, count, seed)              # (b, N)
             images = augment(images, uniforms(run, step), c["image_size"], c["data"],
                              c["crop_scale"])

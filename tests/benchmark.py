@@ -303,7 +303,7 @@ def synthetic(data, count, folder):
     np.save(path, random.integers(0, 256, shape, dtype=np.uint8))
     votes = torch.from_numpy(random.multinomial(10, [1 / classes] * classes, count)).float()
     names = [str(i) for i in range(count)]
-    return Faces(data, "train", np.load(path, mmap_mode="r"), votes.argmax(dim=1), names, votes)
+    return Faces("train", np.load(path, mmap_mode="r"), votes.argmax(dim=1), names, votes)
 
 
 def training_step(flags, faces, rank=0, world=1):

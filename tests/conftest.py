@@ -135,7 +135,7 @@ def read_state(folder):
 def faces_with(labels, votes=None):
     """Faces of the toy with these labels, whose images nobody looks at."""
     labels = torch.tensor(labels)
-    return Faces("toy", "train", np.zeros((len(labels), 3, 2, 2), np.uint8), labels,
+    return Faces("train", np.zeros((len(labels), 3, 2, 2), np.uint8), labels,
                  [str(i) for i in range(len(labels))], votes)
 
 
@@ -147,7 +147,7 @@ def random_crowd(n=300, classes=5):
     generator = torch.Generator().manual_seed(0)
     draw = lambda *size: torch.randint(0, 4, size, generator=generator)
     votes = draw(n, classes).float() + F.one_hot(draw(n), classes)
-    faces = Faces("toy", "train", None, votes.argmax(dim=1), [str(i) for i in range(n)], votes,
+    faces = Faces("train", None, votes.argmax(dim=1), [str(i) for i in range(n)], votes,
                   draw(n))
     return faces, draw, generator
 

@@ -282,7 +282,7 @@ OTHERS = [
     ("own: no image", lambda f: own(f, "3,1\n", "joy,grief,image\n"),
      "TMP/train.csv, row 2: no image is named; correct the row"),
     ("own: an image twice", lambda f: own(f, "a.png,3,1\na.png,2,2\n"),
-     "TMP/train.csv, row 3: a.png has two rows; remove one"),
+     "TMP/train.csv, row 3: a.png is listed twice; remove one row"),
     ("own: no votes", lambda f: own(f, "a.png,0,0\n"),
      "TMP/train.csv, row 2: a.png has no votes; remove the row"),
     ("own: an image elsewhere", lambda f: own(f, "../a.png,3,1\n"),

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import shutil
+import time
 from types import FunctionType
 
 import numpy as np
@@ -373,6 +374,7 @@ def test_memory_map_is_kept_until_a_source_or_the_alignment_changes(tmp_path, mo
 
 OWN_READER = """
 from datasets import number
+from own_more import twice
 
 def reader(names):
     def read(i, side):
@@ -383,20 +385,29 @@ def of_one(name):
     return further(number(name, ""))
 
 def further(value):
-    return of_one(value)
+    return of_one(twice(value))
 
 def idle():
     pass
 """
+OWN_MORE = """
+def twice(value):
+    return 2 * of_one(value)
+
+def of_one(value):
+    return value
+"""
 
 
-def test_the_code_behind_a_reader_is_all_that_it_calls_in_its_file(tmp_path, monkeypatch):
+def test_the_code_behind_a_reader_is_all_that_it_calls_in_its_folder(tmp_path, monkeypatch):
     """So a memory map is made again after a change of any of it, of your own reader's too."""
     (tmp_path / "own_reader.py").write_text(OWN_READER)
+    (tmp_path / "own_more.py").write_text(OWN_MORE)
     monkeypatch.syspath_prepend(tmp_path)
-    behind = datasets.code_behind(importlib.import_module("own_reader").reader([]), set())
+    behind = datasets.code_behind(importlib.import_module("own_reader").reader([]))
     assert [line.strip() for line in behind.splitlines() if "def " in line] == [
-        "def read(i, side):", "def of_one(name):", "def further(value):"]
+        "def read(i, side):", "def of_one(name):", "def further(value):", "def twice(value):",
+        "def of_one(value):"]
 
 
 def test_a_data_set_of_your_own_is_not_read_as_another(tmp_path, monkeypatch):
@@ -438,6 +449,30 @@ def test_a_full_disk_is_an_error_before_anything_is_written(tmp_path, monkeypatc
     with pytest.raises(InputError, match="memory map of ferplus cannot be written .*are needed"):
         load_faces("ferplus", tmp_path, "val", 48, partial=True, cache=tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, 5, 60, 300])
+def test_a_memory_map_that_was_cut_off_is_an_error(size, tmp_path):
+    """As a power cut leaves it: empty, or ending in its header or among its pixels."""
+    fake_ferplus(tmp_path, ROWS)
+    read = lambda: load_faces("ferplus", tmp_path, "val", 48, partial=True, cache=tmp_path / "maps")
+    read()
+    path, = (tmp_path / "maps").iterdir()
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(InputError, match=f"{path}: not a whole memory map .*; delete it"):
+        read()
+
+
+def test_unreadable_faces_are_named_in_their_order(monkeypatch):
+    """Several threads read, and the first face takes longest."""
+    def read(i, side):
+        time.sleep(0.2 * (i == 0))
+        raise InputError(f"face {i}")
+
+    found = datasets.Listing(list("abc"), [0] * 3, read)
+    monkeypatch.setattr(datasets, "listing", lambda *_: found)
+    monkeypatch.setitem(DATA["toy"], "counts", dict(train=3))
+    assert datasets.check("toy", None)[1] == ["face 0", "face 1", "face 2"]
 
 
 def test_a_data_set_on_disk_is_checked(tmp_path, capsys, monkeypatch):
@@ -488,7 +523,7 @@ def test_the_toy_passes_its_check_and_is_drawn(tmp_path, capsys, monkeypatch):
 
 def test_hold_out_is_stratified_and_disjoint():
     labels, names = torch.tensor([0] * 100 + [1] * 50 + [2] * 30), [str(i) for i in range(180)]
-    faces = Faces("toy", "train", np.zeros((180, 3, 2, 2), np.uint8), labels, names)
+    faces = Faces("train", np.zeros((180, 3, 2, 2), np.uint8), labels, names)
     train, held = hold_out(faces, 0.1, seed=0)
     assert held.labels.bincount().tolist() == [10, 5, 3] and len(train) == 162
     assert set(train.names).isdisjoint(held.names)

@@ -347,7 +347,7 @@ def test_algorithm_1_equals_its_slow_twin(warmup, monkeypatch):
     g = copy.deepcopy(f)
     votes = F.one_hot(torch.randint(7, (13, 3)), 7).sum(dim=1)            # three people, 7 classes
     images = np.random.default_rng(0).integers(0, 256, (13, 3, 8, 8), dtype=np.uint8)
-    faces = Faces("toy", "train", images, votes.argmax(dim=1), [str(n) for n in range(13)], votes)
+    faces = Faces("train", images, votes.argmax(dim=1), [str(n) for n in range(13)], votes)
     # Augmentation is not in the pseudo-code: every visit shows the same picture.
     monkeypatch.setattr(train, "augment", lambda x, u, size, data, *rest: prepare(x, size, data))
 

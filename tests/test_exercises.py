@@ -363,7 +363,7 @@ def test_exercise_10_who_gains_from_candidate_sets():
     """
     votes = torch.tensor([[9.0, 0, 0], [0, 9, 0], [5, 4, 0], [0, 4, 5], [6, 3, 0], [4, 3, 2]])
     labels, predicted = votes.argmax(dim=1), torch.tensor([0, 1, 0, 0, 1, 0])
-    faces = Faces("toy", "test", np.zeros((6, 3, 2, 2), np.uint8), labels, list("abcdef"), votes)
+    faces = Faces("test", np.zeros((6, 3, 2, 2), np.uint8), labels, list("abcdef"), votes)
     result = evaluate.measure(F.one_hot(predicted, 3) * 2.0, faces, ["a", "b", "c"])
     assert result["accuracy_by_candidates"] == pytest.approx({1: 1.0, 2: 1 / 3, 3: 1.0})
     assert all(type(size) is int for size in result["accuracy_by_candidates"])

@@ -217,7 +217,7 @@ def test_predicting_the_vote_shares_is_calibrated():
 
 def test_duplicates_are_found_by_their_pixels():
     images = np.random.default_rng(0).integers(0, 255, (6, 1, 4, 4)).astype(np.uint8)
-    make = lambda rows: Faces("toy", "test", images[rows], torch.zeros(len(rows), dtype=torch.long),
+    make = lambda rows: Faces("test", images[rows], torch.zeros(len(rows), dtype=torch.long),
                               [str(r) for r in rows])
     assert not_in(make([0, 1, 2, 3]), make([3, 4, 1, 5])).tolist() == [True, False, True, False]
 

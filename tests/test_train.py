@@ -577,7 +577,7 @@ def test_imagenet_weights_are_torchvisions(monkeypatch):
     assert smaller.positions.shape == (1, 50, 768)
     weights["encoder.pos_embedding"] = weights["encoder.pos_embedding"].half()   # as some are saved
     assert train.initial_weights(config, smaller) == note
-    with pytest.raises(InputError, match="weights of another model"):
+    with pytest.raises(InputError, match="weights of another model .*; first: class_token is "):
         train.initial_weights(config, pretrain.build_encoder({**config, "dim": 192}))
     weights["encoder.pos_embedding"] = torch.zeros(1, 198, 768)      # with a second special token
     with pytest.raises(InputError, match="positions of 197 patches, which are no square grid"):
