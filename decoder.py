@@ -76,7 +76,7 @@ class DecoderLayer(nn.Module):
         return self.cross_attn.weights(self.among_labels(x, queries) + queries, tokens)
 
     def forward(self, x, queries, tokens):
-        """x (B, K, d), queries (K, d) or (B, K, d), tokens (B, HW, d) -> (B, K, d)."""
+        """x (B, K, d), queries (K, d), tokens (B, HW, d) -> (B, K, d)."""
         x = self.among_labels(x, queries)
         x = self.norm2(x + self.dropout(self.cross_attn(x + queries, tokens, tokens)))
         return self.norm3(x + self.dropout(self.mlp(x)))
@@ -103,7 +103,7 @@ class LabelDecoder(nn.Module):
 
         Ask for maps in `eval()` mode: in training their dropout is not that of the logits.
         """
-        x = torch.zeros(len(tokens), *self.queries.shape, dtype=tokens.dtype, device=tokens.device)
+        x = tokens.new_zeros(len(tokens), *self.queries.shape)            # (B, K, d)
         maps = []
         for layer in self.layers:                                         # x (B, K, d)
             if need_attention:

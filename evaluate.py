@@ -386,6 +386,8 @@ def comparison(results, markdown, columns=COLUMNS, title=""):
     have none of the columns are left out; no line if that leaves none.
     """
     results = [(r, c) for r, c in results if any(key in r for key in columns)]
+    if not results:
+        return []
     groups = {}
     for result, config in results:
         group = groups.setdefault((config["data"], config["method"], *departures(config)), [])
@@ -393,8 +395,6 @@ def comparison(results, markdown, columns=COLUMNS, title=""):
             raise InputError(f"{result.get('run')}: a second run of seed {config['seed']} with the "
                              "same settings; name each run once")
         group.append((result, config))
-    if not results:
-        return []
     first = columns is COLUMNS                           # the table that has the paper's figures
     columns = {k: v for k, v in columns.items() if any(k in result for result, _ in results)}
     groups = dict(sorted(groups.items(), key=lambda item: list(METHODS).index(item[0][1])))

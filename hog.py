@@ -180,13 +180,26 @@ def footnote(picture, text):
     return sheet
 
 
+def picture(path):
+    """An image file of 8-bit grey or RGB, turned as the camera was held: PIL RGB.
+
+    ValueError names a file that is none.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode in EIGHT_BIT:
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:                           # of damaged files Pillow says anything
+        raise ValueError(f"{path}: not a readable image ({error})") from None
+    raise ValueError(f"{path} is not of 8-bit grey or RGB but {image.mode}")
+
+
 def figure(image):
-    """Face, gradient and histograms of a PIL image beside each other, with a legend: PIL RGB.
+    """Face, gradient and histograms of an RGB image beside each other, with a legend: PIL RGB.
 
     Of its middle square, at the paper's size.
     """
     cell, side, zoom = 8, 224, 3
-    image = ImageOps.exif_transpose(image).convert("RGB")               # a camera held upright
     image = ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.asarray(image) / 255).permute(2, 0, 1)[None]      # (1, 3, S, S)
     magnitude, _ = magnitude_and_angle(*gradients(pixels.float()))
@@ -236,12 +249,10 @@ def main(argv=None):
     parser.add_argument("--out", default="runs/hog.png", help="the picture (%(default)s)")
     args = parser.parse_args(argv)
     try:
-        image = Image.open(args.image) if args.image else drawn_face()
-        if image.mode not in EIGHT_BIT:
-            raise ValueError(f"{args.image} is not of 8-bit grey or RGB but {image.mode}")
+        image = picture(args.image) if args.image else drawn_face()
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         figure(image).save(args.out)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}; give --image a picture and --out a path ending in .png",
               file=sys.stderr)
         sys.exit(2)

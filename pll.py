@@ -274,7 +274,7 @@ def contrastive_loss(queries, keys, positive, tau=0.07):
 BLUE, GREY, RED = (60, 110, 180), (175, 175, 175), (200, 50, 40)
 
 
-def bars(draw, x, y, title, values, names, chosen=(), note=""):
+def bars(draw, x, y, title, values, names, chosen, note):
     """A small chart of one row, values (K,) in 0 .. 1, in 440 x 420 pixels from (x, y)."""
     small, large = ImageFont.load_default(21), ImageFont.load_default(25)
     draw.text((x, y), title, "black", large)
@@ -283,8 +283,8 @@ def bars(draw, x, y, title, values, names, chosen=(), note=""):
         draw.text((x + 100, top + 13), name, "black", small, anchor="rm")
         draw.rectangle((x + 110, top, x + 110 + 220 * value, top + 26),
                        RED if j in chosen else BLUE if value else GREY)
-        draw.text((x + 118 + 220 * value, top + 13), f"{value:.2f}".rstrip("0").rstrip("."),
-                  "black", small, anchor="lm")
+        draw.text((x + 118 + 220 * value, top + 13), f"{round(value, 2):g}", "black", small,
+                  anchor="lm")
     draw.multiline_text((x, y + 60 + 40 * len(names)), note, "black", small, spacing=8)
 
 

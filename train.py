@@ -355,19 +355,17 @@ def make_confidence(config, faces, candidates):
     return initial_confidence(candidates, faces.votes if config["prior"] == "votes" else None)
 
 
-def share_rows(run, indices, rows):
-    """A step's rows from all processes: indices (b,), rows (b, ...) -> (B,), (B, ...), detached.
+def share_rows(run, rows):
+    """A step's rows from all processes, in their order: (b, ...) -> (B, ...), detached.
 
     With them every process makes the same change to C (and to PiCO's prototypes and queue).
     """
     rows = rows.detach()                                 # C is data: no step learns through it
     if run.world == 1:
-        return indices, rows
-    all_indices = [torch.empty_like(indices) for _ in range(run.world)]
-    all_rows = [torch.empty_like(rows) for _ in range(run.world)]
-    dist.all_gather(all_indices, indices.contiguous())
-    dist.all_gather(all_rows, rows.contiguous())
-    return torch.cat(all_indices), torch.cat(all_rows)
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(run.world)]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -383,10 +381,10 @@ def predict(run, model, faces, batch_size=256):
     model.eval()
     logits = torch.zeros(len(faces), len(DATA[c["data"]]["classes"]), device=run.device)
     for i in range(run.rank * batch_size, len(faces), run.world * batch_size):
-        rows = range(i, min(i + batch_size, len(faces)))
+        rows = range(len(faces))[i:i + batch_size]
         images = prepare(faces[rows].to(run.device), c["image_size"], c["data"])
         with autocast(run):
-            logits[rows.start:rows.stop] = model(images)
+            logits[i:i + batch_size] = model(images)
     if run.world > 1:
         dist.all_reduce(logits)
     return logits
@@ -554,7 +552,7 @@ def algorithm_1(run, model, faces, table):
         revising = c["revise"] and step // steps >= c["warmup_revision"]
         before, sets = confidence[indices], candidates[indices]           # (b, K)
         pll, after = objective(c, logits, before, sets, revising)         # Algorithm 1, lines 7, 8
-        everywhere, rows = share_rows(run, indices, after)
+        everywhere, rows = share_rows(run, indices), share_rows(run, after)
         finite = rows.isfinite().all(dim=1, keepdim=True)    # fp16's scaler leaves such a step out
         confidence[everywhere] = torch.where(finite, rows, confidence[everywhere])
         loss = pll + c["uniform_weight"] * uniform            # Eq. (2) + weight * Eq. (3)
@@ -618,8 +616,8 @@ def pico(run, model, faces, table, state):
             with autocast(run):
                 _, k = state["key_model"](two)                            # (b, 128)
             guess = logits.float().masked_fill(~candidates[indices], -torch.inf).argmax(dim=1)
-            q_all, k_all = (share_rows(run, indices, x)[1] for x in (q, k))   # (B, 128)
-            everywhere, guess_all = share_rows(run, indices, guess)       # (B,)
+            q_all, k_all = share_rows(run, q), share_rows(run, k)         # (B, 128)
+            everywhere, guess_all = share_rows(run, indices), share_rows(run, guess)   # (B,)
             finite = q_all.isfinite().all() and k_all.isfinite().all()   # of all processes alike
             keys = torch.cat([k_all, state["queue"]])                     # (B+M, 128)
             own = everywhere == indices[:, None]                          # the other view, (b, B)

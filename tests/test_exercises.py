@@ -318,8 +318,8 @@ def share_in_two_processes(folder):
     run, results = Run({"batch_size": 2}, rank, 2, torch.device("cpu")), []
     for lengths in ((3, 2), (1, 4), (2, 2), (0, 2)):
         indices = torch.arange(lengths[rank]) + 10 * rank
-        results.append(train.share_rows(run, indices, indices[:, None] + torch.rand(1, 4)))
-        results.append(train.share_rows(run, indices, indices % 7))       # labels, as PiCO shares
+        for rows in (indices[:, None] + torch.rand(1, 4), indices % 7):   # of C; labels, as PiCO's
+            results.append((train.share_rows(run, indices), train.share_rows(run, rows)))
     torch.save(results, folder / f"{rank}.pt")
 
 
@@ -331,7 +331,7 @@ def test_exercise_9_the_last_batch_is_smaller(tmp_path):
     process 0 first, then those of process 1, and so on; `rows` may be (b, K) or (b,), of any type.
 
     Question: gradients are averaged over the processes anyway. Why must every process also know
-    every row of C (think of the next epoch's shuffle)? Let share_rows return its own arguments:
+    every row of C (think of the next epoch's shuffle)? Let share_rows return its own argument:
     which tests fail? And how much would a face count that is alone in its process, when the
     gradients of the processes are averaged?
     Hint: all_gather wants equal shapes; tell each other the lengths first.

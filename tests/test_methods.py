@@ -560,8 +560,8 @@ def test_a_step_whose_features_are_not_finite_leaves_picos_memory_alone(cache, m
     """As one in fp16 may be, which the scaler leaves out."""
     given = pico_before_its_first_step(cache, "--warmup-revision 0")
     _, model, faces, table, state = given
-    monkeypatch.setattr(train, "share_rows", lambda run, indices, rows: (
-        indices, rows * float("inf") if rows.is_floating_point() else rows))
+    monkeypatch.setattr(train, "share_rows", lambda run, rows: (
+        rows * float("inf") if rows.is_floating_point() else rows))
     names = ("prototypes", "queue", "queue_labels")
     before = [table["confidence"].clone(), *(state[name].clone() for name in names)]
     train.pico(*given)(model, faces[torch.arange(500)], torch.arange(500), 0)

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -105,9 +106,9 @@ def test_hog_draws_a_given_image_and_names_a_broken_one(tmp_path, capsys):
     turned = Image.Exif()
     turned[0x0112] = 3                                     # the camera was held upside down
     Image.fromarray(slope[::-1, ::-1]).save(tmp_path / "turned.png", exif=turned)
-    with Image.open(tmp_path / "turned.png") as image:
-        wide = np.asarray(hog.figure(image))
-    assert np.array_equal(wide, np.asarray(hog.figure(Image.fromarray(slope[:, 38:262]))))
+    wide = np.asarray(hog.figure(hog.picture(tmp_path / "turned.png")))
+    middle = Image.fromarray(slope[:, 38:262]).convert("RGB")
+    assert np.array_equal(wide, np.asarray(hog.figure(middle)))
     (tmp_path / "text.png").write_text("hello")
     noise = np.random.default_rng(0).integers(0, 256, (300, 300)).astype(np.uint8)
     Image.fromarray(noise).save(tmp_path / "chunk.png")
@@ -115,19 +116,24 @@ def test_hog_draws_a_given_image_and_names_a_broken_one(tmp_path, capsys):
     second = content.index(b"IDAT", content.index(b"IDAT") + 4)
     (tmp_path / "chunk.png").write_bytes(content[:second] + b"\0" + content[second + 1:])
     Image.fromarray(np.full((64, 64), 40_000, np.uint16)).save(tmp_path / "deep.png")
-    for flags in (["--image", str(tmp_path / "text.png")], ["--out", str(tmp_path / "x.nothing")],
-                  ["--image", str(tmp_path / "chunk.png")],
-                  ["--image", str(tmp_path / "deep.png")]):
+    entry = lambda tag, kind, value: struct.pack(">HHI", tag, kind, 1) + value      # of TIFF
+    exif = (b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + entry(0x0101, 5, struct.pack(">I", 38))
+            + entry(0x0112, 3, b"\0\3\0\0") + b"\0" * 4 + struct.pack(">II", 1, 1))
+    Image.new("RGB", (16, 16)).save(tmp_path / "exif.jpg", exif=exif)    # a height of 1 / 1
+    for flag, name in (("--image", "text.png"), ("--image", "chunk.png"), ("--image", "deep.png"),
+                       ("--image", "exif.jpg"), ("--out", "x.nothing"), ("--image", "none.png")):
         with pytest.raises(SystemExit) as stop:
-            hog.main(flags)
-        assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+            hog.main([flag, str(tmp_path / name)])
+        told = capsys.readouterr().err
+        assert stop.value.code == 2 and told.startswith("error: ")
+        assert name in told or flag == "--out"
 
 
 def test_the_story_of_a_sample_is_that_of_the_equations(monkeypatch):
     """What is written into it comes from the functions themselves."""
     written, whole = [], pll.bars
 
-    def watch(draw, x, y, title, values, names, chosen=(), note=""):
+    def watch(draw, x, y, title, values, names, chosen, note):
         written.append((title, values, chosen, note))
         whole(draw, x, y, title, values, names, chosen, note)
 
