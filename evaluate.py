@@ -259,8 +259,6 @@ def load_run(path, overrides):
         raise InputError(f"{path}: trained on the classes {', '.join(state['classes'])}")
     if not state["log"]:
         raise InputError(f"{path}: stopped within its first epoch; go on with train.py --resume")
-    if not all(isinstance(state.get(k), torch.Tensor) for k in ("candidates", "confidence")):
-        raise InputError(f"{path}: has no candidates and confidence; take another checkpoint")
     run = start(config)
     try:
         model = build_model(config)

@@ -650,7 +650,8 @@ def load_checkpoint(path, stage=None, ours=True):
         return state
     kinds = {"log": list, "config": dict, "model": dict}
     if state["stage"] == "train":
-        kinds.update(classes=list, mean=list, std=list)
+        kinds.update(classes=list, mean=list, std=list, step=int, faces=str,
+                     candidates=torch.Tensor, confidence=torch.Tensor)
     missing = [k for k in kinds if k not in state]
     if missing:
         raise InputError(f"{path}: has no {', '.join(missing)}; a checkpoint of "

@@ -678,7 +678,7 @@ def main(argv=None):
     if c["model"] == "resnet18" and len(run.rows) == 1 and c["image_size"] <= 32:
         raise InputError("--batch-size: ResNet-18's batch statistics need two faces or more in "
                          "each process and part; give more, or a smaller --accumulate")
-    saved = saved_state(run, kept=("candidates", "confidence", "pico"))
+    saved = saved_state(run, kept=("pico",))
     torch.manual_seed(c["seed"])
     model = build_model(c)
     note = "encoder: resumed" if saved else first_alone(

@@ -427,7 +427,7 @@ def test_a_checkpoint_without_what_a_resumed_run_needs_is_refused(pretrained, tr
     for script, folder, more, lost in (
             (pretrain, pretrained, DECODER, ("faces", "optimizer")),
             (train, trained, ["--init", pretrained, "--warmup-revision", 1, "--threshold", 0.02],
-             ("scaler", "confidence"))):
+             ("scaler", "pico"))):
         shutil.copytree(folder, tmp_path / "run")
         kept = {k: v for k, v in read_state(folder).items() if k not in lost}
         torch.save(kept, tmp_path / "run/last.pt")
@@ -663,7 +663,9 @@ def test_both_stages_at_the_papers_size():
 
 @pytest.mark.parametrize("lost, said", [
     ("classes", "has no classes; a checkpoint of train.py holds stage, log, config, model, "),
-    ("confidence", "has no candidates and confidence; take another checkpoint")])
+    ("step", "has no step; a checkpoint of train.py holds stage, "),
+    ("faces", "has no faces; a checkpoint of train.py holds stage, "),
+    ("confidence", "has no confidence; a checkpoint of train.py holds stage, ")])
 def test_a_trained_checkpoint_without_its_tables_is_not_judged(lost, said, trained, tmp_path,
                                                                capsys):
     state = read_state(trained)
