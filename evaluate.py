@@ -329,7 +329,7 @@ def known_to_this_code(where, config):
 
 def keep_result(path, result):
     """SPLIT.json in a run's folder, by the first process; not for a checkpoint named by file."""
-    if Path(path).is_dir() and int(os.environ.get("RANK", 0)) == 0:
+    if Path(path).is_dir() and os.environ.get("RANK", "0") == "0":
         text = json.dumps(result, indent=1) + "\n"
         replace_file(Path(path) / f"{result['split']}.json", lambda file: file.write(text.encode()))
 
@@ -607,7 +607,7 @@ def disambiguated(state, faces, answers):
 
 def save_pictures(folder, made):
     """Write {name: PIL} as PNG files into a folder, by the first process; returns what to tell."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if os.environ.get("RANK", "0") == "0":
         for name, picture in made.items():
             replace_file(folder / f"{name}.png", lambda file: picture.save(file, "png"))
     return f"pictures: {folder} ({', '.join(made)})"
@@ -681,7 +681,8 @@ def recognise_files(args, overrides):
         if not Path(args.folder).is_dir():
             raise InputError(f"--folder {args.folder}: no such folder")
         kinds = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
-        paths = sorted(p for p in Path(args.folder).rglob("*") if p.suffix.lower() in kinds)
+        paths = sorted(p for p in Path(args.folder).rglob("*")
+                       if p.suffix.lower() in kinds and not p.name.startswith("."))
         if not paths:
             raise InputError(f"--folder {args.folder}: holds no picture ({', '.join(kinds)})")
     else:
@@ -762,7 +763,7 @@ def main(argv=None):
     if args.image or args.folder:
         return recognise_files(args, overrides)
     results, logs, alone = [], [], len(args.runs) == 1 and not args.markdown
-    tell = print if int(os.environ.get("RANK", 0)) == 0 else lambda text: None
+    tell = print if os.environ.get("RANK", "0") == "0" else lambda text: None
     for path in args.runs:
         result, config, log, draw = evaluate(path, args.split or "test", overrides)
         if draw:
@@ -784,7 +785,8 @@ def main(argv=None):
         if sets:
             tell("\n" + "\n".join(sets))
     if alone and draw:
-        tell("\n" + save_pictures(Path(config["out"]) / "pictures", draw()))
+        drawn = "pictures" if Path(path).is_dir() else f"pictures-{Path(path).stem}"
+        tell("\n" + save_pictures(Path(config["out"]) / drawn, draw()))
     elif not args.markdown:                      # of several runs, or of one without its weights
         few = logs[:len(COLOURS)]                # as many as there are colours
         more = f"; of the first {len(few)} runs" * (len(logs) > len(few))

@@ -34,6 +34,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from vit import patchify, unpatchify
 
 BINS = 9  # orientations of 20 degrees each
+FLAT = 1e-4  # a gradient that no grey level makes: rounding, in a crop, leaves up to 1e-5
 AT_ONCE = 8  # images of a batch whose votes are counted at a time
 EIGHT_BIT = ("1", "L", "LA", "P", "RGB", "RGBA")  # Pillow's modes of 8-bit grey and RGB images
 
@@ -56,10 +57,11 @@ def magnitude_and_angle(gx, gy):
 
     The angle is in -9 .. 9. Both are finite, and so are their gradients: where the image is flat
     the angle has no meaning and the derivatives of sqrt and atan2 do not exist, so such pixels are
-    given length 0, a constant, and angle 0.
+    given length 0, a constant, and angle 0. Flat is what rounding alone can make (`FLAT`): else
+    the normalisation of its cell would lift that noise to length 1.
     """
     power = gx.square().add_(gy.square())
-    flat = power == 0
+    flat = power < FLAT ** 2
     magnitude = power.masked_fill(flat, 1.0).sqrt().masked_fill(flat, 0.0)
     angle = torch.atan2(gx, gy.masked_fill(flat, 1.0)).div_(math.pi).mul_(BINS)
     return magnitude, angle                                             # (B, C, H, W)

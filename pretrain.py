@@ -422,7 +422,12 @@ class Run:
 
 def start(config):
     """Join the other processes (torchrun sets RANK and WORLD_SIZE), choose the device: a `Run`."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    said = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not all(s.isdecimal() for s in said) or not int(said[0]) < int(said[1]) \
+            or int(said[1]) > 1 and "RANK" not in os.environ:
+        raise InputError(f"RANK {os.environ.get('RANK')}, WORLD_SIZE {said[1]} in the environment: "
+                         "not one of torchrun's processes; unset both or start by torchrun")
+    rank, world = int(said[0]), int(said[1])
     try:
         device = torch.device(config["device"] or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type not in ("cpu", "cuda"):
@@ -527,6 +532,7 @@ def command_line(main):
     `Stopped` is one line too, with its own status; Ctrl-C is 130 as in a shell.
     """
     status, message = 0, None
+    sys.stdout.reconfigure(errors="backslashreplace")    # of names that the terminal cannot show
     try:
         main()
         sys.stdout.flush()
@@ -543,10 +549,13 @@ def command_line(main):
     except BrokenPipeError:                              # as in `... | head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
-    except Exception:
-        if not dist.is_initialized():
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:        # a path that may not be entered
+            status, message = 2, f"error: {error.filename}: {error.strerror}"
+        elif not dist.is_initialized():
             raise
-        status, message = 1, traceback.format_exc()
+        else:
+            status, message = 1, traceback.format_exc()
     if message:
         print(message, file=sys.stderr, flush=True)
     if dist.is_initialized():
@@ -618,7 +627,7 @@ def save_checkpoint(path, state):
 
 def replace_file(path, write):
     """Let `write` fill a file beside, flush it to the disk, then rename it to `path`."""
-    beside = path.with_suffix(".tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")    # of another process is another
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
@@ -627,10 +636,13 @@ def replace_file(path, write):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:             # torch.save's writer raises RuntimeError
-        with suppress(OSError):                          # a read-only disk forbids this, too
-            beside.unlink()
+        if isinstance(error.__context__, KeyboardInterrupt):     # torch.save's writer hides Ctrl-C
+            raise KeyboardInterrupt from None
         raise InputError(f"{path}: cannot be written ({str(error).splitlines()[0]}); is the disk "
                          "full? What was there before is still there") from None
+    finally:
+        with suppress(OSError):                          # renamed, or a read-only disk forbids this
+            beside.unlink()
 
 
 def load_checkpoint(path, stage=None, ours=True):

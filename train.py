@@ -474,6 +474,8 @@ def training_faces(run):
         faces, held = hold_out(faces, run.config["val"], run.config["seed"])
         if not len(held):
             raise InputError(f"--val {run.config['val']}: holds out no face; give a larger share")
+        if not len(faces):
+            raise InputError(f"--val {run.config['val']}: leaves no face to train on; give less")
         return faces, held
     if "val" in DATA[run.config["data"]]["counts"]:
         return faces, load_split(run, "val")

@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from datasets import augment
 from hog import AT_ONCE, BINS, cell_sums, from_patches, hog, hog_targets, to_patches
 
 
@@ -53,6 +54,18 @@ def test_brightness_contrast_and_negation_change_nothing(binning):
 def test_flat_image_gives_zero_and_other_cells_have_length_one():
     assert hog(torch.full((1, 3, 16, 16), 0.7)).abs().max() == 0
     torch.testing.assert_close(hog(smooth_noise(1, 3, 16, 16)).norm(dim=2), torch.ones(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize("size", [48, 224])
+def test_a_flat_area_stays_flat_in_a_crop_and_a_step_of_one_grey_level_does_not(size):
+    """The weights of a crop's interpolation do not sum to 1 exactly; that noise is no gradient."""
+    levels = torch.arange(0, 255, 6, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 48, 48)
+    u = torch.rand(len(levels), 12, generator=torch.Generator().manual_seed(0))
+    assert hog(augment(levels, u, size, "ferplus", 0.5)).abs().max() == 0
+    step = levels.clone()
+    step[..., 24:] += 1
+    lengths = hog(augment(step, u, size, "ferplus", 0.8)).norm(dim=2)
+    assert (lengths.flatten(1).amax(dim=1) > 0.99).all()
 
 
 def ramp(degrees):

@@ -1,6 +1,7 @@
 """Every row of the paper's tables is one command; what is measured of it; how rows are compared."""
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -366,6 +367,13 @@ def test_a_kept_run_of_a_row_that_is_not_known_here_is_an_error(key, tmp_path):
         (tmp_path / name).write_text(text)
     with pytest.raises(InputError, match="'other'.*: this code has no such row or data set"):
         evaluate.evaluate(tmp_path, "test", {})
+
+
+def test_a_hold_out_that_leaves_no_face_is_refused(monkeypatch):
+    monkeypatch.setattr(train, "load_split", lambda run, split: faces_with([0, 1, 2]))
+    run = SimpleNamespace(config=dict(val=0.9, seed=0, data="toy"))      # 0.9 of one face is one
+    with pytest.raises(InputError, match="--val 0.9: leaves no face to train on; give less"):
+        train.training_faces(run)
 
 
 def test_a_row_of_the_tables_holds_settings_that_exist():

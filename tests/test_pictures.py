@@ -319,6 +319,11 @@ def test_a_checkpoint_named_by_file_is_not_mistaken_for_its_folder(trained, tmp_
     shutil.copy(trained / "last.pt", tmp_path / "last.pt")                # now it is made anew
     evaluate.main([str(tmp_path), "--json"])
     assert json.loads((tmp_path / "test.json").read_text())["faces"] == 1000
+    evaluate.main([str(tmp_path)])
+    (tmp_path / "pictures/confusion-test.png").write_text("of last.pt")
+    evaluate.main([str(tmp_path / "model.pt")])
+    assert f"pictures: {tmp_path}/pictures-model (confusion-test, " in capsys.readouterr().out
+    assert (tmp_path / "pictures/confusion-test.png").read_text() == "of last.pt"
 
 
 def test_where_the_data_lie_now_takes_the_place_of_what_the_run_had(monkeypatch):
@@ -403,6 +408,7 @@ def pictures(tmp_path_factory, cache):
         image.save(folder / ("more" if i > 2 else "") / f"{i}.{'PNG' if i == 4 else 'png'}")
     (folder / "broken.png").write_bytes(b"no picture")
     (folder / "notes.txt").write_text("not a picture by its name")
+    (folder / "._0.png").write_bytes(b"what macOS keeps beside a picture")
     return folder
 
 

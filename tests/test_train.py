@@ -482,6 +482,10 @@ def test_a_run_older_than_a_setting_is_not_resumed(trained, cache, tmp_path, cap
     (train, "--method resnet18-pll --image-size 32 --batch-size 4 --accumulate 4".split(),
      "--batch-size: ResNet-18's batch statistics need two faces or more"),
     (pretrain, [*TINY, "--out", "/dev/null/x"], "--out /dev/null/x: cannot be written"),
+    (pretrain, [*TINY, "--out", "x" * 300], f"{'x' * 300}/last.pt: File name too long\n"),
+    (train, [*TINY, "--init", "x" * 300], "x: File name too long\n"),
+    (evaluate, ["x" * 300], "/test.json: File name too long\n"),
+    (datasets, ["--data", "own", "--data-dir", "x" * 300], "File name too long\n"),
     (evaluate, [], "runs/train-toy: no such run; make it with: python train.py"),
     (evaluate, [__file__], "test_train.py: not a readable checkpoint"),
     (evaluate, ["--csv", "x.csv"], "--csv and --landmarks go with them"),
@@ -494,7 +498,7 @@ def test_a_run_older_than_a_setting_is_not_resumed(trained, cache, tmp_path, cap
 def test_wrong_input_is_one_line_and_status_2(script, flags, message, tmp_path, cache, monkeypatch,
                                               capsys):
     monkeypatch.chdir(tmp_path)
-    if script is not evaluate:
+    if script in (pretrain, train):
         flags = [*flags, "--cache", cache]
     error = error_of(script, flags, capsys)
     assert error.startswith("error: ") and message in error and "Traceback" not in error

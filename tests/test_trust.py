@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import signal
 import struct
@@ -354,6 +355,65 @@ def test_a_full_disk_is_an_error_before_training(tmp_path, cache, pretrained):
     assert error.startswith(f"error: {tmp_path / 'run/last.pt'}: cannot be written (")
     assert "is the disk full? What was there before is still there" in error
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"config.json"}
+
+
+def test_two_processes_that_write_one_file_leave_a_whole_one(tmp_path, monkeypatch):
+    """Each writes beside under its own name: the later one's file stays, whole."""
+    path = tmp_path / "last.pt"
+
+    def write(file):
+        file.write(b"mine, ")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "getpid", lambda: 1)       # another process, while this one writes
+            pretrain.replace_file(path, lambda other: other.write(b"the other's"))
+        assert path.read_bytes() == b"the other's"
+        file.write(b"whole")
+    pretrain.replace_file(path, write)
+    assert path.read_bytes() == b"mine, whole"
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_is_not_a_full_disk(tmp_path):
+    def interrupted(file):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise RuntimeError("unexpected pos 64 vs 0")         # as torch.save's writer does
+
+    pretrain.save_checkpoint(tmp_path / "last.pt", {"x": 1})
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.replace_file(tmp_path / "last.pt", interrupted)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    assert torch.load(tmp_path / "last.pt", weights_only=True) == {"x": 1}
+
+
+@pytest.mark.parametrize("said", [dict(RANK="1"), dict(RANK="x", WORLD_SIZE="2"),
+                                  dict(WORLD_SIZE="2"), dict(RANK="2", WORLD_SIZE="2")])
+def test_half_of_torchruns_environment_is_refused(said, trained, monkeypatch):
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"RANK {said.get('RANK')}, .*not one of torchrun's proce"):
+        evaluate.main([str(trained)])
+
+
+def test_names_that_the_terminal_cannot_show_do_not_end_a_run():
+    done = subprocess.run([sys.executable, "-c", "import pretrain\n"
+                           "pretrain.command_line(lambda: print('\u60b2'))"], cwd=ROOT,
+                          capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONIOENCODING": "latin-1"})
+    assert (done.returncode, done.stdout) == (0, "\\u60b2\n"), done.stderr
+
+
+@pytest.mark.parametrize("raised, status, said", [
+    (KeyboardInterrupt(), 130, ""),
+    (PermissionError(13, "Permission denied", "closed"), 2, "error: closed: Permission denied\n")])
+def test_datasets_alone_ends_as_the_others_do(raised, status, said, monkeypatch, capsys):
+    def parse(self, argv):
+        raise raised
+    monkeypatch.setattr("argparse.ArgumentParser.parse_args", parse)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "datasets.py"), run_name="__main__")
+    assert (end.value.code, capsys.readouterr().err) == (status, said)
 
 
 def test_a_new_run_that_cannot_save_leaves_the_trained_one(trained, tmp_path, cache, monkeypatch):
