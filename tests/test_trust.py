@@ -749,6 +749,7 @@ def test_restarts_on_several_machines_are_refused(monkeypatch):
 
 def test_a_card_is_not_named_for_several_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     for name in ("cuda:0", "cuda:1"):
         with pytest.raises(InputError, match=f"{name}: cannot be used .*its own card: say cuda"):
             pretrain.start({"device": name, "deterministic": False, "accumulate": 1})
