@@ -46,6 +46,15 @@ class InputError(Exception):
     """Something the user gave is wrong; the message says what, where and what to do."""
 
 
+def complaint(error):
+    """The line for a wrong input, or for a path that cannot be used; None for other errors."""
+    if isinstance(error, InputError):
+        return f"error: {error}"
+    if isinstance(error, OSError) and error.filename:
+        return f"error: {error.filename}: {error.strerror}"
+    return None
+
+
 # Pillow refuses images of twice the pixels that it warns of.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 AFFECTNET = "neutral happiness sadness surprise fear disgust anger contempt".split()
@@ -1088,13 +1097,10 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if not error.filename:
+    except (InputError, OSError) as error:
+        if not complaint(error):
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        print(complaint(error), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -48,8 +48,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from datasets import (InputError, augment, data_flags, load_faces, prepare, settle_classes,
-                      settle_flags, to_picture)
+from datasets import (InputError, augment, complaint, data_flags, load_faces, prepare,
+                      settle_classes, settle_flags, to_picture)
 from hog import footnote, from_patches, glyphs, hog_targets
 from vit import Block, ViT, initialise, patchify, unpatchify, wave_positions
 
@@ -536,8 +536,6 @@ def command_line(main):
     try:
         main()
         sys.stdout.flush()
-    except InputError as error:
-        status, message = 2, f"error: {error}"
     except Stopped as error:
         status, message = error.status, f"stopped: {error}"
     except KeyboardInterrupt:
@@ -550,8 +548,8 @@ def command_line(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 128 + signal.SIGPIPE
     except Exception as error:
-        if isinstance(error, OSError) and error.filename:        # a path that may not be entered
-            status, message = 2, f"error: {error.filename}: {error.strerror}"
+        if complaint(error):
+            status, message = 2, complaint(error)
         elif not dist.is_initialized():
             raise
         else:
